@@ -1,0 +1,28 @@
+"""Arithmetic on `dict[str, Tensor]`, the one form that parameters take here."""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+__all__ = ["Params", "num_elements", "zeros_like"]
+
+Params = dict[str, Tensor]
+
+
+def num_elements(params: Mapping[str, Tensor]) -> int:
+    """Returns the number of scalars in all leaves together.
+
+    >>> num_elements({"weight": torch.zeros(2, 3), "bias": torch.zeros(2)})
+    8
+    """
+    return sum(math.prod(leaf.shape) for leaf in params.values())
+
+
+def zeros_like(params: Mapping[str, Tensor]) -> Params:
+    """Returns float32 zeros in the shape, order and device of `params`."""
+    return {
+        name: torch.zeros_like(leaf, dtype=torch.float32)
+        for name, leaf in params.items()
+    }

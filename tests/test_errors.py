@@ -1,0 +1,16 @@
+import pytest
+
+from dpsgd import errors
+
+
+def test_a_fault_names_field_value_rule_and_remedy() -> None:
+    assert errors.fault("a.b", None, "must be x", "do y") == "a.b=null: must be x; do y"
+    assert errors.fault("a", 0, "rule", "remedy") == "a=0: rule; remedy"
+
+
+@pytest.mark.parametrize(
+    "name", ["ConfigError", "DataError", "CheckpointError", "BudgetExceededError"]
+)
+def test_what_a_user_can_mend_is_a_value_error(name: str) -> None:
+    assert issubclass(getattr(errors, name), errors.UserError)
+    assert issubclass(errors.UserError, ValueError)
