@@ -1,0 +1,33 @@
+"""Typed settings: YAML into frozen dataclasses, every fault told at once."""
+
+from dpsgd.config.loader import config_to_dict, load_config, parse_config
+from dpsgd.config.schema import (
+    AugmentationName,
+    Config,
+    DataConfig,
+    EmaConfig,
+    EvalConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PrivacyConfig,
+    ReportConfig,
+    RuntimeConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "AugmentationName",
+    "Config",
+    "DataConfig",
+    "EmaConfig",
+    "EvalConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "PrivacyConfig",
+    "ReportConfig",
+    "RuntimeConfig",
+    "TrainConfig",
+    "config_to_dict",
+    "load_config",
+    "parse_config",
+]

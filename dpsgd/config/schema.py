@@ -1,0 +1,261 @@
+"""The settings of a run, one frozen dataclass a section of the YAML file.
+
+Public facts are fields; facts that depend on the data are arguments elsewhere.
+Nothing in `runtime` and `report` changes what is learned, beyond float rounding.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from dpsgd.config.rules import (
+    Fraction,
+    NonNegative,
+    NonNegativeInt,
+    Norm,
+    Positive,
+    PositiveInt,
+    UnitInterval,
+)
+
+__all__ = [
+    "AugmentationName",
+    "Config",
+    "DataConfig",
+    "EmaConfig",
+    "EvalConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "PrivacyConfig",
+    "ReportConfig",
+    "RuntimeConfig",
+    "TrainConfig",
+]
+
+AugmentationName = Literal["none", "flip", "crop", "crop_flip"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """Which examples are trained on, and how views of them are made."""
+
+    source: Literal["digits", "torchvision", "parquet", "image_folder"]
+    """Where images come from; `digits` ships with scikit-learn and needs no files."""
+
+    name: str | None = None
+    """Data set: cifar10, cifar100, mnist, fashion_mnist or svhn for torchvision. With
+    another source it only says whose published size `num_examples` falls back to."""
+
+    root: str = "data"
+    """Folder that torchvision downloads to."""
+
+    train: str | tuple[str, ...] | None = None
+    """Training files: path, list of paths, glob, or folder of shards or of classes."""
+
+    test: str | tuple[str, ...] | None = None
+    """Test files, in the same forms; the test set is treated as public."""
+
+    image_column: str | None = None
+    """Parquet column of images; found by its type when null."""
+
+    label_column: str | None = None
+    """Parquet column of labels; found by its type when null."""
+
+    num_examples: PositiveInt | None = None
+    """Size N of the training set, a public constant that you declare. Null takes the
+    published size of a named public data set; it is never counted from the files."""
+
+    mean: tuple[UnitInterval, ...] = (0.5,)
+    """Public constant a channel, in [0, 1], subtracted from pixels / 255. Never
+    computed from private data; the default maps pixels to [-1, 1]."""
+
+    std: tuple[Positive, ...] = (0.5,)
+    """Public constant a channel, > 0, that pixels are divided by after `mean`."""
+
+    augmentation: AugmentationName = "none"
+    """How a view differs from its image: padded and randomly cropped, flipped, both."""
+
+    crop_padding: NonNegativeInt = 4
+    """Pixels mirrored around the image before a random crop of its own size."""
+
+    augmentation_multiplicity: PositiveInt = 1
+    """Views K of each example, averaged before clipping: they cost no privacy."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """Which network is trained."""
+
+    name: str = "wide_resnet"
+    """Registered architecture."""
+
+    depth: PositiveInt = 16
+    """Number of layers: 6n + 4 for a Wide-ResNet, convolutions for a convnet."""
+
+    width: PositiveInt = 4
+    """Channel multiplier: stages of a Wide-ResNet have 16, 32 and 64 times it, layers
+    of a convnet 16, 32, 64 and so on."""
+
+    normalization: Literal["group_norm", "none"] = "group_norm"
+    """Normalisation within one example; batch normalisation mixes examples."""
+
+    groups: PositiveInt = 16
+    """Groups of the group normalisation."""
+
+    order: Literal["activation_norm", "norm_activation"] = "activation_norm"
+    """ReLU before or after normalisation; the paper's is ReLU first."""
+
+    weight_standardization: bool = True
+    """Whether convolutions standardise their weights (Qiao et al. 2019)."""
+
+    num_classes: PositiveInt | None = None
+    """Outputs of the classifier; null takes the classes that the data set declares."""
+
+    compute_dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    """Type of activations. Parameters, norms, sums and noise are float32 or wider."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PrivacyConfig:
+    """The guarantee, and the mechanism that provides it."""
+
+    target_epsilon: Positive | None = None
+    """Epsilon to spend at most, > 0; the noise multiplier is calibrated to it.
+    Exactly one of this and `noise_multiplier` is given."""
+
+    noise_multiplier: NonNegative | None = None
+    """Noise standard deviation over l2_sensitivity, >= 0; 0 has no guarantee."""
+
+    max_epsilon: Positive | None = None
+    """Hard limit, > 0: training stops before the step that would pass it."""
+
+    delta: float
+    """Delta of (epsilon, delta)-DP, in (0, 1/num_examples)."""
+
+    expected_batch_size: Positive
+    """Public expected number of examples a step: the divisor of every update, and the
+    sampling probability once divided by `num_examples`."""
+
+    clipping_norm: Norm = 1.0
+    """Bound C on the L2 norm of one example's gradient, >= 1e-12, in gradient units."""
+
+    rescale_to_unit_norm: bool = True
+    """Divide clipped gradients by C, so that the learning rate does not depend on C."""
+
+    accountant: str = "prv"
+    """Registered accountant that certifies epsilon."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimizerConfig:
+    """What is done with the noisy gradient."""
+
+    name: Literal["sgd", "adamw"] = "sgd"
+    """Update rule; the paper's is plain SGD."""
+
+    learning_rate: Positive
+    """Step size, > 0, at the top of the schedule."""
+
+    momentum: Fraction = 0.0
+    """SGD momentum, in [0, 1)."""
+
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    """AdamW decay rates of the two moments, in [0, 1)."""
+
+    weight_decay: NonNegative = 0.0
+    """Decay, >= 0: added to the gradient by SGD, decoupled in AdamW."""
+
+    schedule: Literal["constant", "cosine"] = "constant"
+    """Learning rate after the warm-up; cosine ends at 0."""
+
+    warmup_steps: NonNegativeInt = 0
+    """Steps over which the learning rate rises linearly from 0."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EmaConfig:
+    """The exponential moving average of the parameters."""
+
+    decay: Fraction | None = 0.9999
+    """Decay in [0, 1), after the warm-up (1 + t)/(10 + t); null keeps no average."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """How long, and from which randomness."""
+
+    num_steps: PositiveInt
+    """Steps T: each is one draw, one noise, one update and one composition."""
+
+    seed: int | None = None
+    """Null draws every stream from the operating system. A seed makes the run
+    repeatable, and so unfit to be released as private."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvalConfig:
+    """When the test accuracy is measured."""
+
+    every: PositiveInt = 100
+    """Steps between evaluations; the last step is always evaluated."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RuntimeConfig:
+    """Where and how fast: nothing here changes what is learned beyond rounding."""
+
+    device: str = "auto"
+    """`auto` (CUDA if there is one), `cpu`, `cuda` or `cuda:N`."""
+
+    microbatch_size: PositiveInt | Literal["auto"] = "auto"
+    """Examples a pass: memory only; the update never depends on it."""
+
+    compile: bool | Literal["auto"] = "auto"
+    """Compile the gradient pass with torch.compile; `auto` does so on CUDA."""
+
+    checkpoint_every: PositiveInt = 100
+    """Steps between checkpoints; every evaluation is preceded by one as well."""
+
+    keep_checkpoints: PositiveInt = 2
+    """Newest checkpoints kept, besides the best."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReportConfig:
+    """What a run writes about itself."""
+
+    unprotected_metrics: bool = False
+    """Also record train loss, gradient norms, share of clipped examples and realised
+    batch sizes. They are computed from private data without noise: the guarantee
+    does not cover them."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config:
+    """All settings of a run."""
+
+    data: DataConfig
+    """Examples and views."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Network."""
+
+    privacy: PrivacyConfig
+    """Guarantee and mechanism."""
+
+    optimizer: OptimizerConfig
+    """Update rule."""
+
+    ema: EmaConfig = field(default_factory=EmaConfig)
+    """Parameter averaging."""
+
+    train: TrainConfig
+    """Length and seed."""
+
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    """Evaluation."""
+
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    """Machine."""
+
+    report: ReportConfig = field(default_factory=ReportConfig)
+    """Reporting."""
