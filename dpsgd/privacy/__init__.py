@@ -1,0 +1,30 @@
+"""What a run reveals: the mechanism, its epsilon, and the noise an epsilon needs.
+
+This room imports no torch: epsilon can be had, and checked, without training.
+"""
+
+from dpsgd.privacy.accountant import (
+    ACCOUNTANTS,
+    Accountant,
+    PRVAccountant,
+    build_accountant,
+)
+from dpsgd.privacy.calibration import calibrate_noise_multiplier, calibrate_num_steps
+from dpsgd.privacy.estimator import estimate_delta, estimate_epsilon
+from dpsgd.privacy.ledger import PrivacyLedger
+from dpsgd.privacy.mechanism import DPSGDMechanism, EpsilonBound, Phase
+
+__all__ = [
+    "ACCOUNTANTS",
+    "Accountant",
+    "DPSGDMechanism",
+    "EpsilonBound",
+    "PRVAccountant",
+    "Phase",
+    "PrivacyLedger",
+    "build_accountant",
+    "calibrate_noise_multiplier",
+    "calibrate_num_steps",
+    "estimate_delta",
+    "estimate_epsilon",
+]
