@@ -1,0 +1,30 @@
+"""Data: images held as tensors, the Poisson draw of each step, views of what it drew.
+
+`sampling` is on the privacy path: the guarantee holds for the draws it makes.
+"""
+
+from dpsgd.data.augmentation import ViewParameters, draw_views, make_views, normalize
+from dpsgd.data.batches import ViewLoader
+from dpsgd.data.dataset import DataSplits, ImageDataset, place
+from dpsgd.data.facts import PublicFacts, declared_num_examples, published_facts
+from dpsgd.data.sampling import Microbatch, PoissonSampler, microbatches
+from dpsgd.data.sources import SOURCES, load_datasets
+
+__all__ = [
+    "SOURCES",
+    "DataSplits",
+    "ImageDataset",
+    "Microbatch",
+    "PoissonSampler",
+    "PublicFacts",
+    "ViewLoader",
+    "ViewParameters",
+    "declared_num_examples",
+    "draw_views",
+    "load_datasets",
+    "make_views",
+    "microbatches",
+    "normalize",
+    "place",
+    "published_facts",
+]

@@ -1,0 +1,167 @@
+"""A data set: all its images as one uint8 tensor, checked once when it is made."""
+
+import dataclasses
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dpsgd.errors import DataError, fault
+
+__all__ = ["DataSplits", "ImageDataset", "place"]
+
+# Activations and per-sample gradients need the rest of the memory.
+_SHARE_OF_FREE_MEMORY = 1 / 3
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ImageDataset:
+    """Labelled images of one size.
+
+    Args:
+        images: (N, C, H, W) uint8 pixels, 0 to 255.
+        labels: (N,) int64, on the same device, each at least 0 and below the number
+            of declared classes.
+        class_names: Name of each class in label order; () if the source declares
+            none, because the number of classes must not be counted from private
+            labels. `dataclasses.replace` declares them later and checks again.
+
+    Raises:
+        DataError: A shape, type or label is not as above; a bad label is named by
+            its index.
+    """
+
+    images: Tensor
+    labels: Tensor
+    class_names: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        _check_tensor("images", self.images, torch.uint8, "(N, C, H, W)")
+        _check_tensor("labels", self.labels, torch.int64, "(N,)")
+        if len(self.images) != len(self.labels):
+            message = fault(
+                "labels",
+                f"<{len(self.labels)} labels>",
+                f"must be one an image, of which there are {len(self.images)}",
+                "give both the same length",
+            )
+            raise DataError(message)
+        self._check_labels()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Shape (C, H, W) of each image."""
+        _, channels, height, width = self.images.shape
+        return channels, height, width
+
+    def to(self, device: torch.device | str) -> "ImageDataset":
+        """Returns the data set with both tensors on `device`."""
+        return dataclasses.replace(
+            self, images=self.images.to(device), labels=self.labels.to(device)
+        )
+
+    def fingerprint(self) -> str:
+        """Returns the SHA-256 of shape, images and labels, as 64 hexadecimal digits.
+
+        Tells a resumed run whether it still has the same data. It is a function of
+        private data without noise: never publish it.
+        """
+        digest = hashlib.sha256(repr(tuple(self.images.shape)).encode())
+        for tensor in (self.images, self.labels):
+            digest.update(tensor.cpu().contiguous().numpy().data)
+        return digest.hexdigest()
+
+    def _check_labels(self) -> None:
+        """Refuses labels below 0, or beyond the classes if they are declared."""
+        limit = len(self.class_names) or torch.iinfo(torch.int64).max
+        outside = (self.labels < 0) | (self.labels >= limit)
+        if bool(outside.any()):
+            index = int(outside.int().argmax())
+            rule = f"in [0, {limit})" if self.class_names else "at least 0"
+            message = fault(
+                f"labels[{index}]",
+                int(self.labels[index]),
+                f"must be {rule}",
+                "correct the label or declare its class",
+            )
+            raise DataError(message)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class DataSplits:
+    """The examples trained on, and the public ones that accuracy is measured on.
+
+    Raises:
+        DataError: The two differ in image shape or in classes.
+    """
+
+    train: ImageDataset
+    test: ImageDataset
+
+    def __post_init__(self) -> None:
+        if self.train.image_shape != self.test.image_shape:
+            message = fault(
+                "data.test",
+                f"<images of shape {self.test.image_shape}>",
+                f"must have the training images' shape {self.train.image_shape}",
+                "convert one of the two sets",
+            )
+            raise DataError(message)
+        if self.train.class_names != self.test.class_names:
+            raise DataError(_class_difference(self.train, self.test))
+
+
+def place(dataset: ImageDataset, device: torch.device | str) -> ImageDataset:
+    """Returns the data set on `device` if there is ample room, else where it is.
+
+    Microbatches are gathered where the images lie, so a data set on the device costs
+    no transfer a step; one that stays behind costs a copy of each microbatch.
+
+    Args:
+        dataset: Any data set.
+        device: CPU, or a CUDA device; it is used if the data set takes at most a
+            third of the memory that is free on it.
+    """
+    target = torch.device(device)
+    if target.type == "cuda":
+        free_bytes, _ = torch.cuda.mem_get_info(target)
+        needed = dataset.images.nbytes + dataset.labels.nbytes
+        if needed > free_bytes * _SHARE_OF_FREE_MEMORY:
+            return dataset
+    return dataset.to(target)
+
+
+def _check_tensor(name: str, tensor: Tensor, dtype: torch.dtype, shape: str) -> None:
+    """Refuses a tensor of another type, or with another number of dimensions."""
+    num_dims = shape.count(",") + (shape != "(N,)")
+    if tensor.dtype != dtype or tensor.ndim != num_dims:
+        message = fault(
+            name,
+            f"<{tensor.dtype} of shape {tuple(tensor.shape)}>",
+            f"must be {dtype} of shape {shape}",
+            "convert it before making the data set",
+        )
+        raise DataError(message)
+
+
+def _class_difference(train: ImageDataset, test: ImageDataset) -> str:
+    """Words how the classes of the two sets differ."""
+    missing = [name for name in train.class_names if name not in test.class_names]
+    extra = [name for name in test.class_names if name not in train.class_names]
+    rule = "must have the classes of the training set in the same order"
+    if missing:
+        rule += f", lacks {_shorten(missing)}"
+    if extra:
+        rule += f", has besides {_shorten(extra)}"
+    shown = f"<{len(test.class_names)} classes>"
+    return fault("data.test", shown, rule, "make the two sets agree")
+
+
+def _shorten(names: list[str]) -> str:
+    """Returns the first few names, and how many more there are."""
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(names[:5]) + more

@@ -1,0 +1,90 @@
+"""A folder of class folders of image files: root/class_name/*.png."""
+
+from pathlib import Path
+
+import torch
+
+from dpsgd.config.schema import DataConfig
+from dpsgd.data.dataset import DataSplits, ImageDataset
+from dpsgd.data.files import EncodedImage, decode_images, resolve_splits
+from dpsgd.errors import DataError, fault
+
+__all__ = ["load_image_folder"]
+
+_SUFFIXES = frozenset(
+    {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+)
+
+
+def load_image_folder(config: DataConfig) -> DataSplits:
+    """Loads `data.train` and `data.test` from folders of class folders.
+
+    The names of the class folders, sorted, are the classes. Within a class, images
+    are sorted by path, at any depth. Files without the ending of an image and names
+    that start with a dot are left out. Several roots are joined.
+
+    Args:
+        config: The section `data`.
+
+    Raises:
+        ConfigError: `data.train` or `data.test` is not given.
+        DataError: There is no such folder, a class is empty or in one split only, or
+            an image is damaged or unlike the others; the message names it.
+    """
+    train_roots, test_roots = resolve_splits(config, shard_suffix=None)
+    return DataSplits(
+        train=_load_split("data.train", train_roots),
+        test=_load_split("data.test", test_roots),
+    )
+
+
+def _load_split(field: str, roots: list[Path]) -> ImageDataset:
+    """Loads all images under the roots of one split."""
+    folders = [folder for root in roots for folder in _class_folders(field, root)]
+    class_names = sorted({folder.name for folder in folders})
+    index = {name: label for label, name in enumerate(class_names)}
+    encoded: list[EncodedImage] = []
+    labels: list[int] = []
+    for folder in folders:
+        paths = _image_paths(field, folder)
+        encoded += [EncodedImage(path, field, str(path)) for path in paths]
+        labels += [index[folder.name]] * len(paths)
+    return ImageDataset(
+        images=decode_images(encoded, len(labels)),
+        labels=torch.tensor(labels, dtype=torch.int64),
+        class_names=tuple(class_names),
+    )
+
+
+def _class_folders(field: str, root: Path) -> list[Path]:
+    """Returns the class folders of one root, sorted."""
+    folders = sorted(
+        path for path in root.glob("*") if path.is_dir() and path.name[0] != "."
+    )
+    if not folders:
+        message = fault(
+            field,
+            root,
+            "must be a folder that holds one folder for each class",
+            "sort the images into class folders, or use another data.source",
+        )
+        raise DataError(message)
+    return folders
+
+
+def _image_paths(field: str, folder: Path) -> list[Path]:
+    """Returns the image files of one class, sorted."""
+    paths = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in _SUFFIXES and path.name[0] != "."
+    )
+    if not paths:
+        message = fault(
+            field,
+            folder,
+            "is a class folder without images",
+            "add images or remove the folder",
+        )
+        raise DataError(message)
+    return paths

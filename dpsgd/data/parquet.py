@@ -1,0 +1,247 @@
+"""Parquet files in the Hugging Face image convention: encoded images and labels.
+
+The image column is a struct of `bytes` and `path`, or plain binary; the label column
+holds integers. Class names come from the ClassLabel feature in the file's metadata.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dpsgd.config.schema import DataConfig
+from dpsgd.data.dataset import DataSplits, ImageDataset
+from dpsgd.data.files import EncodedImage, decode_images, resolve_splits
+from dpsgd.errors import ConfigError, DataError, fault
+
+__all__ = ["load_parquet"]
+
+_ROWS_PER_READ = 1024
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Columns:
+    """Where a file keeps images and labels; no class names if it declares none."""
+
+    image: str
+    label: str
+    class_names: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Shard:
+    """One opened file of a split; `field` is the setting that named it."""
+
+    field: str
+    path: Path
+    file: Any
+    columns: _Columns
+
+    def fault(self, row: int, rule: str, remedy: str) -> DataError:
+        """Returns the error that names a row, counted from 0."""
+        return DataError(fault(self.field, _place(self.path, row), rule, remedy))
+
+
+def load_parquet(config: DataConfig) -> DataSplits:
+    """Loads `data.train` and `data.test` from parquet files.
+
+    Each is a file, a list of files, a glob, or a folder of shards (sorted by name).
+    Columns are found by type unless `data.image_column` or `data.label_column` names
+    them. Without declared classes, `class_names` is () and the model's configuration
+    must state their number.
+
+    Args:
+        config: The section `data`.
+
+    Raises:
+        ConfigError: A path is not given, or a column is ambiguous or not there.
+        DataError: A file, image or label is missing, damaged or unlike the others;
+            the message names the file and the row, counted from 0.
+    """
+    train_paths, test_paths = resolve_splits(config, shard_suffix=".parquet")
+    train = _open_shards("data.train", train_paths, config)
+    test = _open_shards("data.test", test_paths, config)
+    return DataSplits(train=_load_split(train), test=_load_split(test))
+
+
+def _open_shards(field: str, paths: list[Path], config: DataConfig) -> list[_Shard]:
+    """Opens the files of a split, which must all be built alike."""
+    shards = [_open_shard(field, path, config) for path in paths]
+    for shard in shards:
+        if shard.columns != shards[0].columns:
+            message = fault(
+                field,
+                shard.path,
+                f"has other columns or classes than {paths[0]}",
+                "name files of one data set only",
+            )
+            raise DataError(message)
+    return shards
+
+
+def _open_shard(field: str, path: Path, config: DataConfig) -> _Shard:
+    """Opens one file and finds its columns, reading no rows yet."""
+    import pyarrow.parquet
+
+    with _reading(field, path):
+        file = pyarrow.parquet.ParquetFile(path)
+        schema = file.schema_arrow
+    columns = _find_columns(schema, path, config)
+    return _Shard(field=field, path=path, file=file, columns=columns)
+
+
+def _load_split(shards: list[_Shard]) -> ImageDataset:
+    """Reads all rows of a split, labels first because they are checked quickly."""
+    labels = np.concatenate([_read_labels(shard) for shard in shards])
+    if len(labels) == 0:
+        message = fault(
+            shards[0].field, shards[0].path, "holds no rows", "name files with images"
+        )
+        raise DataError(message)
+    encoded = (image for shard in shards for image in _encoded_images(shard))
+    return ImageDataset(
+        images=decode_images(encoded, len(labels)),
+        labels=torch.from_numpy(labels),
+        class_names=shards[0].columns.class_names,
+    )
+
+
+def _read_labels(shard: _Shard) -> NDArray[np.int64]:
+    """Returns the labels of one file, each checked against the declared classes."""
+    import pyarrow as pa
+
+    with _reading(shard.field, shard.path):
+        column = shard.file.read(columns=[shard.columns.label]).column(0)
+        column = column.cast(pa.int64())
+    if column.null_count:
+        row = column.is_null().to_pylist().index(True)
+        raise shard.fault(row, "has no label", "label the row or remove it")
+    labels: NDArray[np.int64] = column.to_numpy().astype(np.int64)
+    num_classes = len(shard.columns.class_names)
+    limit = num_classes or np.iinfo(np.int64).max
+    outside = (labels < 0) | (labels >= limit)
+    if outside.any():
+        row = int(outside.argmax())
+        rule = f"in [0, {num_classes})" if num_classes else "at least 0"
+        raise shard.fault(
+            row,
+            f"has label {labels[row]}, which must be {rule}",
+            "correct the label, or the classes in the file's metadata",
+        )
+    return labels
+
+
+def _encoded_images(shard: _Shard) -> Iterator[EncodedImage]:
+    """Yields the encoded images of one file, in order."""
+    batches = shard.file.iter_batches(_ROWS_PER_READ, columns=[shard.columns.image])
+    row = 0
+    while True:
+        with _reading(shard.field, shard.path):
+            batch = next(batches, None)
+        if batch is None:
+            return
+        for data in _image_bytes(batch.column(0)):
+            if data is None:
+                remedy = "store the encoded image itself, not only its path"
+                raise shard.fault(row, "has no image bytes", remedy)
+            yield EncodedImage(data, shard.field, _place(shard.path, row))
+            row += 1
+
+
+def _image_bytes(column: Any) -> list[bytes | None]:
+    """Returns the encoded images of a struct or binary column."""
+    import pyarrow as pa
+    import pyarrow.compute
+
+    if pa.types.is_struct(column.type):
+        # Not StructArray.field, which ignores that the struct itself may be null.
+        column = pyarrow.compute.struct_field(column, "bytes")
+    return list(column.to_pylist())
+
+
+def _find_columns(schema: Any, path: Path, config: DataConfig) -> _Columns:
+    """Finds the image and label columns of one file, by name or by type."""
+    import pyarrow as pa
+
+    images = [field.name for field in schema if _holds_images(field.type)]
+    labels = [field.name for field in schema if pa.types.is_integer(field.type)]
+    label = _pick("label_column", config.label_column, labels, path)
+    return _Columns(
+        image=_pick("image_column", config.image_column, images, path),
+        label=label,
+        class_names=_class_names(schema.metadata or {}, label, path),
+    )
+
+
+def _holds_images(column_type: Any) -> bool:
+    """Tells whether a column may hold encoded images."""
+    import pyarrow as pa
+
+    if pa.types.is_struct(column_type):
+        index = column_type.get_field_index("bytes")
+        return index >= 0 and _holds_images(column_type.field(index).type)
+    return bool(
+        pa.types.is_binary(column_type) or pa.types.is_large_binary(column_type)
+    )
+
+
+def _pick(setting: str, wanted: str | None, candidates: list[str], path: Path) -> str:
+    """Returns the column that is named, or the only candidate."""
+    if wanted in candidates:
+        return wanted
+    if wanted is None and len(candidates) == 1:
+        return candidates[0]
+    kind = "image bytes" if setting == "image_column" else "integers"
+    message = fault(
+        f"data.{setting}",
+        wanted,
+        f"must name the column of {kind} in {path}",
+        f"candidates: {', '.join(candidates) or 'none'}",
+    )
+    raise ConfigError(message)
+
+
+def _class_names(
+    metadata: dict[bytes, bytes], label: str, path: Path
+) -> tuple[str, ...]:
+    """Returns the names that the ClassLabel feature declares, () if there is none."""
+    try:
+        described = json.loads(metadata.get(b"huggingface", b"{}"))
+        feature = described.get("info", {}).get("features", {}).get(label, {})
+        return tuple(str(name) for name in feature.get("names", ()))
+    except (ValueError, AttributeError, TypeError) as error:
+        message = fault(
+            "metadata",
+            path,
+            f"has a damaged `huggingface` entry ({error})",
+            "write the file again",
+        )
+        raise DataError(message) from error
+
+
+@contextmanager
+def _reading(field: str, path: Path) -> Iterator[None]:
+    """Turns what pyarrow raises on a damaged file into a DataError."""
+    import pyarrow as pa
+
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        message = fault(
+            field,
+            path,
+            f"is not a readable parquet file ({error})",
+            "copy or download it again",
+        )
+        raise DataError(message) from error
+
+
+def _place(path: Path, row: int) -> str:
+    """Returns how messages call a row."""
+    return f"{path}, row {row}"
