@@ -1,0 +1,100 @@
+"""Networks without batch normalisation, and the table of their names."""
+
+import difflib
+from collections.abc import Callable
+from typing import Protocol
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from dpsgd.config import ModelConfig
+from dpsgd.errors import ConfigError, fault
+from dpsgd.models.compatibility import check_model
+from dpsgd.models.convnet import build_convnet
+from dpsgd.models.layers import initialize
+from dpsgd.models.wide_resnet import build_wide_resnet
+from dpsgd.trees import Params
+
+__all__ = [
+    "MODELS",
+    "build_model",
+    "check_model",
+    "initialize",
+    "per_example_loss",
+    "trainable_params",
+]
+
+
+class ModelBuilder(Protocol):
+    """Builds one architecture; the parameters are drawn by `initialize`."""
+
+    def __call__(
+        self,
+        config: ModelConfig,
+        *,
+        image_shape: tuple[int, int, int],
+        num_classes: int,
+    ) -> nn.Module:
+        """Returns the network."""
+        ...
+
+
+MODELS: dict[str, ModelBuilder] = {
+    "convnet": build_convnet,
+    "wide_resnet": build_wide_resnet,
+}
+
+
+def build_model(
+    config: ModelConfig, *, image_shape: tuple[int, int, int], num_classes: int
+) -> nn.Module:
+    """Builds the configured network, parameters undrawn, and checks it.
+
+    Args:
+        config: Architecture.
+        image_shape: (C, H, W) of one image.
+        num_classes: Outputs, >= 2.
+
+    Raises:
+        ConfigError: The name is unknown, or the architecture refuses its settings.
+    """
+    if config.name not in MODELS:
+        near = difflib.get_close_matches(config.name, MODELS, n=1)
+        remedy = f"did you mean `{near[0]}`?" if near else f"known: {', '.join(MODELS)}"
+        raise ConfigError(fault("model.name", config.name, "unknown model", remedy))
+    build = MODELS[config.name]
+    return build(config, image_shape=image_shape, num_classes=num_classes)
+
+
+def trainable_params(model: nn.Module) -> Params:
+    """Returns the trainable parameters by name, detached from the module."""
+    return {
+        name: leaf.detach()
+        for name, leaf in model.named_parameters()
+        if leaf.requires_grad
+    }
+
+
+def per_example_loss(model: nn.Module) -> Callable[[Params, Tensor, Tensor], Tensor]:
+    """Returns the loss of one example as a function of the trainable parameters.
+
+    The K views of the example are averaged inside its loss, so that they are clipped
+    together and augmentation costs no privacy.
+
+    Args:
+        model: Network that `check_model` accepts.
+
+    Returns:
+        `loss(params, views, label)` of `views` (K, C, H, W) and `label` (): the mean
+        cross-entropy over the views, a scalar. Parameters that are not in `params`
+        are the model's own, and constant.
+
+    Source: De et al. 2022 (arXiv:2204.13650), section 3, "augmentation multiplicity".
+    """
+
+    def loss(params: Params, views: Tensor, label: Tensor) -> Tensor:
+        logits = functional_call(model, params, (views,))
+        return F.cross_entropy(logits, label.expand(logits.shape[0]))
+
+    return loss

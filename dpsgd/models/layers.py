@@ -1,0 +1,215 @@
+"""Layers without batch statistics: each output depends on one example alone.
+
+Parameters are float32 masters; a layer computes in the type of its input, so that the
+compute type is chosen once, where the network receives its images.
+"""
+
+import math
+from abc import ABC, abstractmethod
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy.special import ndtr, ndtri
+from torch import Tensor, nn
+
+from dpsgd.config import ModelConfig
+
+__all__ = [
+    "Conv2d",
+    "GroupNorm",
+    "Layer",
+    "Linear",
+    "activation_and_norm",
+    "initialize",
+    "standardize_weight",
+]
+
+_STANDARDIZATION_EPS = 1e-4
+_GROUP_NORM_EPS = 1e-5
+_TRUNCATION = 2.0
+# Standard deviation of a unit normal truncated to +-2, by which haiku's initialisers
+# divide so that the truncated draw keeps the variance that was asked for.
+_TRUNCATED_STD = 0.87962566
+
+
+class Layer(nn.Module, ABC):
+    """A layer with parameters that it draws from a given stream."""
+
+    @abstractmethod
+    def initialize(self, rng: np.random.Generator) -> None:
+        """Draws the parameters, float32, the same on every device."""
+
+
+def initialize(model: nn.Module, rng: np.random.Generator) -> None:
+    """Draws all parameters of a model, in the order in which modules are registered.
+
+    Args:
+        model: Network built of `Layer` and of modules without own parameters.
+        rng: Generator of the `init` stream.
+
+    Raises:
+        ValueError: A module owns parameters and is not a `Layer`.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, Layer):
+            module.initialize(rng)
+        elif any(True for _ in module.parameters(recurse=False)):
+            raise ValueError(
+                f"{name}={type(module).__name__}: owns parameters and cannot draw "
+                "them; derive it from dpsgd.models.layers.Layer"
+            )
+
+
+def standardize_weight(weight: Tensor, gain: Tensor) -> Tensor:
+    r"""Returns weights with zero mean and variance gain^2 / fan_in a output channel.
+
+    $\hat W = (W - \mu) \cdot g \cdot (\max(\sigma^2 \cdot \mathrm{fan\_in},
+    10^{-4}))^{-1/2}$ with mean and biased variance over each output channel.
+
+    Args:
+        weight: (O, I, KH, KW) weights.
+        gain: (O,) learnable scale.
+
+    Returns:
+        (O, I, KH, KW) standardised weights.
+
+    Source: Qiao et al. 2019 (arXiv:1903.10520); scaled by fan-in and with a gain as in
+    Brock et al. 2021 (arXiv:2101.08692).
+    """
+    fan_in = math.prod(weight.shape[1:])
+    variance, mean = torch.var_mean(weight, dim=(1, 2, 3), correction=0, keepdim=True)
+    scale = torch.rsqrt(torch.clamp(variance * fan_in, min=_STANDARDIZATION_EPS))
+    return (weight - mean) * (scale * gain.view(-1, 1, 1, 1))  # (O, I, KH, KW)
+
+
+class Conv2d(Layer):
+    """Convolution with bias, half-kernel padding and, on request, standardised weights.
+
+    Args:
+        in_channels: I.
+        out_channels: O.
+        kernel_size: Side of the square kernel, odd.
+        stride: Step between output positions.
+        standardized: Standardise the weights and learn a gain a output channel.
+    """
+
+    gain: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        kernel_size: int,
+        stride: int = 1,
+        standardized: bool = True,
+    ) -> None:
+        super().__init__()
+        self.stride = stride
+        self.padding = kernel_size // 2
+        shape = (out_channels, in_channels, kernel_size, kernel_size)
+        self.weight = nn.Parameter(torch.empty(shape))
+        self.bias = nn.Parameter(torch.empty(out_channels))
+        self.register_parameter(
+            "gain", nn.Parameter(torch.empty(out_channels)) if standardized else None
+        )
+
+    def initialize(self, rng: np.random.Generator) -> None:
+        """Draws weights ~ N(0, 1/fan_in); gain 1, bias 0."""
+        fan_in = math.prod(self.weight.shape[1:])
+        weight = rng.standard_normal(tuple(self.weight.shape)) / math.sqrt(fan_in)
+        with torch.no_grad():
+            self.weight.copy_(torch.from_numpy(weight))
+            self.bias.zero_()
+            if self.gain is not None:
+                self.gain.fill_(1.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (K, I, H, W) to (K, O, H/stride, W/stride), in the type of `x`."""
+        weight: Tensor = self.weight
+        if self.gain is not None:
+            weight = standardize_weight(weight, self.gain)
+        return F.conv2d(
+            x,
+            weight.to(x.dtype),
+            self.bias.to(x.dtype),
+            stride=self.stride,
+            padding=self.padding,
+        )
+
+
+class GroupNorm(Layer):
+    """Group normalisation with statistics in float32 or wider (Wu and He 2018).
+
+    Args:
+        num_channels: C.
+        num_groups: Groups that share mean and variance; divides `num_channels`.
+    """
+
+    def __init__(self, num_channels: int, *, num_groups: int) -> None:
+        super().__init__()
+        self.num_groups = num_groups
+        self.weight = nn.Parameter(torch.empty(num_channels))
+        self.bias = nn.Parameter(torch.empty(num_channels))
+
+    def initialize(self, rng: np.random.Generator) -> None:
+        """Sets scale 1 and shift 0."""
+        del rng
+        with torch.no_grad():
+            self.weight.fill_(1.0)
+            self.bias.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalises (K, C, H, W), each image by itself."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        normalized = F.group_norm(
+            x.to(wide),
+            self.num_groups,
+            self.weight.to(wide),
+            self.bias.to(wide),
+            _GROUP_NORM_EPS,
+        )
+        return normalized.to(x.dtype)
+
+
+class Linear(Layer):
+    """Classifier in float32 or wider.
+
+    Args:
+        in_features: I.
+        out_features: O.
+    """
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(out_features))
+
+    def initialize(self, rng: np.random.Generator) -> None:
+        """Draws weights from a normal truncated at +-2 std, variance 1/I; bias 0."""
+        low, high = ndtr(-_TRUNCATION), ndtr(_TRUNCATION)
+        unit = ndtri(rng.uniform(low, high, size=tuple(self.weight.shape)))
+        scale = _TRUNCATED_STD * math.sqrt(self.weight.shape[1])
+        with torch.no_grad():
+            self.weight.copy_(torch.from_numpy(unit / scale))
+            self.bias.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (K, I) to (K, O), in the type of `x`."""
+        return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+
+
+def activation_and_norm(channels: int, config: ModelConfig) -> nn.Module:
+    """Returns ReLU and the configured norm, in the configured order.
+
+    Args:
+        channels: Channels C of the images.
+        config: Normalisation, its groups and its order.
+    """
+    if config.normalization == "none":
+        return nn.ReLU()
+    norm = GroupNorm(channels, num_groups=config.groups)
+    if config.order == "activation_norm":
+        return nn.Sequential(nn.ReLU(), norm)
+    return nn.Sequential(norm, nn.ReLU())

@@ -1,0 +1,158 @@
+"""Wide residual networks without batch normalisation.
+
+Source: Zagoruyko and Komodakis 2016 (arXiv:1605.07146), with the changes of De et al.
+2022 (arXiv:2204.13650): group normalisation after the activation, weight
+standardisation, and a projection in the first block of every stage.
+
+One difference from the published JAX code: a stride-2 convolution pads one pixel on
+each side, where JAX's SAME pads only after the last row and column.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from dpsgd.config import ModelConfig
+from dpsgd.errors import ConfigError, fault
+from dpsgd.models.layers import Conv2d, Linear, activation_and_norm
+
+__all__ = ["WideResNet", "build_wide_resnet"]
+
+_STEM_CHANNELS = 16
+_STAGE_CHANNELS = (16, 32, 64)
+_STAGE_STRIDES = (1, 2, 2)
+
+_Pair = Callable[[int], nn.Module]
+
+
+class Block(nn.Module):
+    """Two 3x3 convolutions, each behind activation and norm, beside a shortcut.
+
+    Args:
+        in_channels: I.
+        out_channels: O.
+        stride: Of the first convolution and of the projection.
+        projects: Whether the shortcut is a 1x1 convolution behind a norm of its own.
+        activate: Builds activation and norm for a number of channels.
+        conv: Builds a convolution.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        stride: int,
+        projects: bool,
+        activate: _Pair,
+        conv: Callable[..., nn.Module],
+    ) -> None:
+        super().__init__()
+        self.shortcut: nn.Module = nn.Identity()
+        if projects:
+            self.shortcut = nn.Sequential(
+                activate(in_channels),
+                conv(in_channels, out_channels, kernel_size=1, stride=stride),
+            )
+        self.residual = nn.Sequential(
+            activate(in_channels),
+            conv(in_channels, out_channels, kernel_size=3, stride=stride),
+            activate(out_channels),
+            conv(out_channels, out_channels, kernel_size=3),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (K, I, H, W) to (K, O, H/stride, W/stride)."""
+        return self.shortcut(x) + self.residual(x)  # type: ignore[no-any-return]
+
+
+class WideResNet(nn.Module):
+    """A Wide-ResNet of 6n + 4 layers for images of any size.
+
+    Args:
+        depth: Layers, 6n + 4.
+        width: Channel multiplier.
+        in_channels: Channels C of the images.
+        num_classes: Outputs.
+        activate: Builds activation and norm for a number of channels.
+        standardized: Whether convolutions standardise their weights.
+        compute_dtype: Type that images are cast to, and so of all activations.
+    """
+
+    def __init__(
+        self,
+        *,
+        depth: int,
+        width: int,
+        in_channels: int,
+        num_classes: int,
+        activate: _Pair,
+        standardized: bool,
+        compute_dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        conv = partial(Conv2d, standardized=standardized)
+        self.compute_dtype = compute_dtype
+        self.stem = conv(in_channels, _STEM_CHANNELS, kernel_size=3)
+        channels = _STEM_CHANNELS
+        stages = []
+        for base, stride in zip(_STAGE_CHANNELS, _STAGE_STRIDES, strict=True):
+            blocks = []
+            for index in range((depth - 4) // 6):
+                first = index == 0
+                block = Block(
+                    channels,
+                    base * width,
+                    stride=stride if first else 1,
+                    projects=first,
+                    activate=activate,
+                    conv=conv,
+                )
+                blocks.append(block)
+                channels = base * width
+            stages.append(nn.Sequential(*blocks))
+        self.stages = nn.Sequential(*stages)
+        self.head_activation = activate(channels)
+        self.classifier = Linear(channels, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps images (K, C, H, W) to logits (K, num_classes), float32 or wider."""
+        x = self.stages(self.stem(x.to(self.compute_dtype)))
+        x = self.head_activation(x)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return self.classifier(x.mean((-2, -1), dtype=wide))  # type: ignore[no-any-return]
+
+
+def build_wide_resnet(
+    config: ModelConfig, *, image_shape: tuple[int, int, int], num_classes: int
+) -> WideResNet:
+    """Builds the Wide-ResNet that a configuration describes, parameters undrawn.
+
+    Args:
+        config: Depth, width, normalisation, its order, and compute type.
+        image_shape: (C, H, W) of one image.
+        num_classes: Outputs, >= 2.
+
+    Raises:
+        ConfigError: The depth is not 6n + 4, or the groups do not divide the channels.
+    """
+    faults = []
+    if config.depth < 10 or (config.depth - 4) % 6:
+        rule = "must be 6n + 4 with n >= 1"
+        faults.append(fault("model.depth", config.depth, rule, "take 10, 16, 28 or 40"))
+    if config.normalization == "group_norm" and _STEM_CHANNELS % config.groups:
+        rule = f"must divide the stem's {_STEM_CHANNELS} channels"
+        faults.append(fault("model.groups", config.groups, rule, "take 1 to 16"))
+    if faults:
+        raise ConfigError("\n".join(faults))
+    return WideResNet(
+        depth=config.depth,
+        width=config.width,
+        in_channels=image_shape[0],
+        num_classes=num_classes,
+        activate=partial(activation_and_norm, config=config),
+        standardized=config.weight_standardization,
+        compute_dtype=getattr(torch, config.compute_dtype),
+    )

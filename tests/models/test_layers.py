@@ -1,0 +1,143 @@
+"""Layers against written-out formulas, and the draws of their parameters."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from torch import nn
+
+from dpsgd.models import initialize
+from dpsgd.models.layers import Conv2d, GroupNorm, Linear, standardize_weight
+from dpsgd.rng import RandomStreams
+
+
+def generator(seed: int = 0) -> np.random.Generator:
+    return RandomStreams.from_seed(seed).generator("init")
+
+
+def drawn(layer: nn.Module, seed: int = 0) -> nn.Module:
+    initialize(layer, generator(seed))
+    return layer
+
+
+def random(*shape: int) -> torch.Tensor:
+    values = np.random.default_rng(3).standard_normal(shape)
+    return torch.from_numpy(values)
+
+
+def test_standardised_weight_is_the_formula() -> None:
+    weight, gain = random(4, 3, 5, 5) + 0.3, random(4)
+    result = standardize_weight(weight, gain)
+
+    for channel in range(4):
+        entries = weight[channel].flatten().tolist()
+        mean = math.fsum(entries) / 75
+        variance = math.fsum((entry - mean) ** 2 for entry in entries) / 75
+        expected = (weight[channel] - mean) * gain[channel] / math.sqrt(variance * 75)
+        torch.testing.assert_close(result[channel], expected, rtol=1e-12, atol=1e-14)
+
+
+def test_standardised_weight_has_mean_0_and_variance_gain_squared_over_fan_in() -> None:
+    gain = torch.tensor([1.0, 2.0, 0.0, -3.0]).double()
+    result = standardize_weight(random(4, 8, 3, 3) * 5 + 2, gain)
+    variance, mean = torch.var_mean(result, dim=(1, 2, 3), correction=0)
+
+    torch.testing.assert_close(mean, torch.zeros(4).double(), rtol=0, atol=1e-14)
+    torch.testing.assert_close(variance, gain**2 / 72, rtol=1e-12, atol=0)
+
+
+def test_standardisation_clamps_a_tiny_variance() -> None:
+    weight = 1e-4 * random(2, 3, 3, 3)
+    result = standardize_weight(weight, torch.ones(2).double())
+    centred = weight - weight.mean((1, 2, 3), keepdim=True)
+
+    # variance * fan_in is about 3e-7, below the clamp at 1e-4.
+    torch.testing.assert_close(result, centred * 100, rtol=1e-12, atol=0)
+    constant = standardize_weight(torch.ones(2, 3, 3, 3), torch.ones(2))
+    assert not constant.any()
+
+
+def test_convolution_is_torchs_with_standardised_weights() -> None:
+    layer = drawn(Conv2d(3, 4, kernel_size=3, stride=2)).double()
+    with torch.no_grad():
+        layer.gain.copy_(random(4))
+        layer.bias.copy_(random(4))
+    x = random(2, 3, 7, 7)
+    weight = standardize_weight(layer.weight, layer.gain)
+    expected = nn.functional.conv2d(x, weight, layer.bias, stride=2, padding=1)
+
+    assert torch.equal(layer(x), expected)
+    assert layer(x).shape == (2, 4, 4, 4)
+
+
+def test_convolution_without_standardisation_has_no_gain() -> None:
+    layer = drawn(Conv2d(3, 4, kernel_size=1, standardized=False)).double()
+    x = random(2, 3, 5, 5)
+
+    assert layer.gain is None
+    assert [name for name, _ in layer.named_parameters()] == ["weight", "bias"]
+    assert torch.equal(layer(x), nn.functional.conv2d(x, layer.weight, layer.bias))
+
+
+def test_group_norm_is_the_formula() -> None:
+    layer = drawn(GroupNorm(6, num_groups=3)).double()
+    with torch.no_grad():
+        layer.weight.copy_(random(6))
+        layer.bias.copy_(random(6) + 1)
+    x = random(2, 6, 4, 4)
+    grouped = x.view(2, 3, -1)
+    variance, mean = torch.var_mean(grouped, dim=2, correction=0, keepdim=True)
+    unit = ((grouped - mean) / (variance + 1e-5).sqrt()).view(x.shape)
+    expected = unit * layer.weight.view(-1, 1, 1) + layer.bias.view(-1, 1, 1)
+
+    torch.testing.assert_close(layer(x), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_group_norm_takes_its_statistics_in_float32() -> None:
+    layer = drawn(GroupNorm(2, num_groups=1))
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([1.003, 0.997]))  # not bfloat16 numbers
+        layer.bias.copy_(torch.tensor([0.5009, -0.2503]))
+    x = (random(1, 2, 64, 64) + 100).to(torch.bfloat16)
+    result = layer(x)
+
+    assert result.dtype == torch.bfloat16
+    # Only input and output are rounded: not the parameters, nor anything between.
+    assert torch.equal(result, layer(x.float()).to(torch.bfloat16))
+
+
+def test_convolution_is_drawn_with_variance_one_over_fan_in() -> None:
+    layer = drawn(Conv2d(64, 64, kernel_size=3))
+    weight = layer.weight.detach().flatten().double().numpy()
+    scaled = weight * math.sqrt(576)
+
+    assert stats.kstest(scaled, "norm").pvalue > 1e-3
+    assert stats.kstest(scaled * 1.05, "norm").pvalue < 1e-6
+    assert (layer.gain == 1).all()
+    assert not layer.bias.any()
+
+
+def test_classifier_is_drawn_from_a_truncated_normal() -> None:
+    layer = drawn(Linear(256, 500))
+    scaled = layer.weight.detach().flatten().double().numpy() * math.sqrt(256)
+    law = stats.truncnorm(-2, 2, scale=1 / 0.87962566)
+
+    assert stats.kstest(scaled, law.cdf).pvalue > 1e-3
+    assert stats.kstest(scaled * 1.03, law.cdf).pvalue < 1e-6
+    assert abs(scaled.var() - 1) < 0.02
+    assert abs(scaled).max() < 2 / 0.87962566 + 1e-5
+    assert not layer.bias.any()
+
+
+def test_group_norm_starts_as_the_identity() -> None:
+    layer = drawn(GroupNorm(4, num_groups=2))
+
+    assert (layer.weight == 1).all()
+    assert not layer.bias.any()
+
+
+def test_a_module_that_cannot_draw_its_parameters_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"1=Conv2d: owns parameters and cannot draw"):
+        initialize(nn.Sequential(nn.ReLU(), nn.Conv2d(1, 1, 1)), generator())
