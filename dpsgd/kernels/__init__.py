@@ -1,0 +1,10 @@
+"""Fused operators, one a file: a Triton kernel beside its PyTorch reference.
+
+Each public function runs its reference on the CPU and launches its kernel on CUDA.
+`TRITON_INTERPRET=1` runs the kernels on a CPU too.
+"""
+
+from dpsgd.kernels.clip_accumulate import clip_accumulate_
+from dpsgd.kernels.gaussian_noise import add_gaussian_noise_
+
+__all__ = ["add_gaussian_noise_", "clip_accumulate_"]
