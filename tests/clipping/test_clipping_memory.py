@@ -1,0 +1,117 @@
+"""The estimate of memory: linear, monotone, and never the sign of the wrong thing."""
+
+import weakref
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from dpsgd.clipping import MicrobatchMemory, clipped_grad, measure_microbatch
+from dpsgd.config import ModelConfig
+from dpsgd.models import build_model, per_example_loss, trainable_params
+from dpsgd.trees import num_elements
+
+Network = Callable[..., nn.Module]
+
+
+class PeakBytes(TorchDispatchMode):
+    """Counts the bytes of all tensors alive at once that are made under it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = 0
+        self._now = 0
+        self._alive: dict[int, int] = {}
+
+    def __torch_dispatch__(  # type: ignore[no-untyped-def]
+        self, operator, types, args=(), kwargs=None
+    ):
+        result = operator(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                self._count(leaf.untyped_storage())
+        self.peak = max(self.peak, self._now)
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        if storage._cdata not in self._alive:
+            self._alive[storage._cdata] = storage.nbytes()
+            self._now += storage.nbytes()
+            weakref.finalize(storage, self._forget, storage._cdata)
+
+    def _forget(self, address: int) -> None:
+        self._now -= self._alive.pop(address, 0)
+
+
+def measured(*, width: int = 1, size: int = 8, num_views: int = 2) -> MicrobatchMemory:
+    config = ModelConfig(depth=10, width=width)
+    shape = (3, size, size)
+    with torch.device("meta"):
+        model = build_model(config, image_shape=shape, num_classes=10)
+    return measure_microbatch(model, image_shape=shape, num_views=num_views)
+
+
+def test_memory_grows_linearly_with_the_microbatch() -> None:
+    memory = MicrobatchMemory(fixed=1_000, per_example=30)
+
+    assert [memory.total(size) for size in (0, 1, 10)] == [1_000, 1_030, 1_300]
+
+
+@pytest.mark.parametrize("available", [0, 999, 1_000, 1_029, 1_030, 1_059, 10**9])
+def test_the_largest_microbatch_fits_and_one_more_does_not(available: int) -> None:
+    memory = MicrobatchMemory(fixed=1_000, per_example=30)
+    largest = memory.largest_fitting(available)
+
+    assert largest >= 0
+    assert largest == 0 or memory.total(largest) <= available
+    assert memory.total(largest + 1) > available
+
+
+def test_memory_grows_with_views_size_and_width() -> None:
+    base, more_views = measured(), measured(num_views=4)
+    gradient = base.fixed // 5
+
+    # Activations double with the views; the gradient of an example and its copy stay.
+    twice = 2 * (base.per_example - 2 * gradient) + 2 * gradient
+    assert more_views.per_example == pytest.approx(twice, rel=0.01)
+    assert more_views.fixed == base.fixed
+    larger = measured(size=16).per_example - 2 * gradient
+    assert larger > 2 * (base.per_example - 2 * gradient)
+    assert measured(width=2).per_example > 1.5 * base.per_example
+
+
+def test_an_example_takes_at_least_its_gradient_and_its_activations() -> None:
+    with torch.device("meta"):
+        model = build_model(
+            ModelConfig(depth=10, width=1), image_shape=(3, 8, 8), num_classes=10
+        )
+    gradient = 4 * num_elements(trainable_params(model))
+    # The input of the stem and of each block, of each of two views, in float32.
+    activations = 2 * 4 * (3 + 16 + 16 + 32 // 4 + 64 // 16) * 64
+
+    assert measured().per_example > gradient + activations
+    assert measured().fixed >= 4 * gradient  # parameters, average, sum, momentum
+
+
+def peak_bytes(model: nn.Module, num_examples: int, num_views: int) -> int:
+    views = torch.zeros(num_examples, num_views, 3, 8, 8)
+    labels = torch.zeros(num_examples, dtype=torch.long)
+    engine = clipped_grad(per_example_loss(model), clipping_norm=1.0)
+    params = trainable_params(model)
+    with PeakBytes() as memory:
+        engine(params, views, labels)
+    return memory.peak
+
+
+@pytest.mark.parametrize("num_views", [1, 2, 8])
+def test_estimate_is_within_a_factor_of_two_of_what_a_pass_takes(
+    tiny_network: Network, num_views: int
+) -> None:
+    model = tiny_network()
+    few, many = (peak_bytes(model, size, num_views) for size in (2, 6))
+    estimate = measured(num_views=num_views).per_example
+
+    assert 0.5 < estimate / ((many - few) / 4) < 2
