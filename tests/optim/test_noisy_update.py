@@ -1,0 +1,167 @@
+"""What is released: the sum plus noise of the promised size, over a public divisor."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from scipy import stats
+from torch import Tensor
+
+from dpsgd.optim import noisy_grad
+from dpsgd.privacy import DPSGDMechanism
+from dpsgd.rng import RandomStreams
+from dpsgd.trees import Params
+
+STREAMS = RandomStreams.from_seed(0)
+SHAPES = {"conv": (32, 16, 3, 3), "bias": (100,), "gain": (100,), "head": (50, 301)}
+NUM_ELEMENTS = sum(math.prod(shape) for shape in SHAPES.values())
+
+
+def mechanism(
+    *, sigma: float = 1.5, bound: float = 2.0, rescale: bool = False, size: float = 64
+) -> DPSGDMechanism:
+    return DPSGDMechanism(
+        sample_rate=0.01,
+        num_steps=10,
+        noise_multiplier=sigma,
+        clipping_norm=bound,
+        expected_batch_size=size,
+        delta=1e-5,
+        rescale_to_unit_norm=rescale,
+    )
+
+
+def zeros() -> Params:
+    return {name: torch.zeros(shape) for name, shape in SHAPES.items()}
+
+
+def flat(grads: Params) -> NDArray[np.float64]:
+    leaves = [grads[name].double().flatten() for name in sorted(grads)]
+    return torch.cat(leaves).numpy()
+
+
+def released_noise(plan: DPSGDMechanism, step: int = 0) -> NDArray[np.float64]:
+    """The noise on the sum, seen through what an empty draw releases."""
+    grads = noisy_grad(zeros(), plan, noise_key=STREAMS.noise_key(step))
+    return flat(grads) * plan.expected_batch_size
+
+
+def p_value(noise: NDArray[np.float64], std: float) -> float:
+    return float(stats.kstest(noise / std, "norm").pvalue)
+
+
+def variance_score(noise: NDArray[np.float64], std: float) -> float:
+    """Standard score of the variance under the promised one."""
+    ratio = float((noise**2).mean()) / std**2
+    return (ratio - 1) * math.sqrt(len(noise) / 2)
+
+
+@pytest.mark.parametrize("sigma", [0.5, 1.5, 20.0])
+@pytest.mark.parametrize(
+    ("bound", "rescale"), [(2.0, False), (2.0, True), (0.1, False)]
+)
+def test_noise_has_the_promised_std_and_no_other(
+    sigma: float, bound: float, rescale: bool
+) -> None:
+    plan = mechanism(sigma=sigma, bound=bound, rescale=rescale)
+    noise = released_noise(plan)
+    std = sigma if rescale else sigma * bound
+
+    assert abs(variance_score(noise, std)) < 4
+    assert p_value(noise, std) > 1e-3
+    for wrong in (2 / 3, 3 / 2):
+        assert abs(variance_score(noise, wrong * std)) > 30
+        assert p_value(noise, wrong * std) < 1e-12
+
+
+@pytest.mark.parametrize("leaf", SHAPES)
+def test_every_leaf_has_noise_of_the_promised_std(leaf: str) -> None:
+    plan = mechanism()
+    grads = noisy_grad(zeros(), plan, noise_key=STREAMS.noise_key(1))
+    noise = grads[leaf].double().flatten().numpy() * plan.expected_batch_size
+
+    assert abs(variance_score(noise, 3.0)) < 4
+    assert abs(variance_score(noise, 2.0)) > 4
+    assert p_value(noise, 3.0) > 1e-3
+
+
+@pytest.mark.parametrize("size", [1.0, 64.0, 4096.0, 0.5, 1234.5])
+def test_the_expected_batch_size_is_the_only_divisor(size: float) -> None:
+    plan = mechanism(sigma=0.0, size=size)
+    generator = torch.Generator().manual_seed(0)
+    sums = {
+        name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()
+    }
+    expected = {name: leaf / size for name, leaf in sums.items()}
+    grads = noisy_grad(sums, plan, noise_key=0)
+
+    assert all(torch.equal(grads[name], expected[name]) for name in expected)
+
+
+def test_an_empty_draw_gives_pure_noise() -> None:
+    noise = released_noise(mechanism())
+
+    assert (noise != 0).all()
+    assert abs(noise.mean()) < 4 * 3.0 / math.sqrt(NUM_ELEMENTS)
+
+
+def test_noise_does_not_depend_on_the_sum() -> None:
+    plan = mechanism()
+    sums = {name: leaf + 5 for name, leaf in zeros().items()}
+    noisy = noisy_grad(sums, plan, noise_key=STREAMS.noise_key(0))
+
+    # Sums of size 10 are rounded to 2^-21; three roundings.
+    difference = flat(noisy) * plan.expected_batch_size - 5
+    np.testing.assert_allclose(difference, released_noise(plan), rtol=0, atol=3e-6)
+
+
+def test_noise_depends_on_names_and_not_on_the_order_of_leaves() -> None:
+    reverse: Params = dict(reversed(zeros().items()))
+    first = noisy_grad(zeros(), mechanism(), noise_key=9)
+    second = noisy_grad(reverse, mechanism(), noise_key=9)
+
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def correlation_score(first: NDArray[np.float64], second: NDArray[np.float64]) -> float:
+    """Standard score of the correlation of independent samples."""
+    return float(np.corrcoef(first, second)[0, 1] * math.sqrt(len(first)))
+
+
+@pytest.mark.parametrize("step", [1, 2, 1_000])
+def test_steps_have_unrelated_noise(step: int) -> None:
+    first, second = released_noise(mechanism()), released_noise(mechanism(), step)
+
+    assert abs(correlation_score(first, second)) < 4
+    assert correlation_score(first, second + 0.2 * first) > 8
+    assert not np.isin(first, second).sum() > 50  # float32 values coincide by chance
+
+
+def test_leaves_of_the_same_shape_have_unrelated_noise() -> None:
+    sums = {name: torch.zeros(20_000) for name in "abc"}
+    noise = {
+        name: leaf.double().numpy()
+        for name, leaf in noisy_grad(sums, mechanism(), noise_key=5).items()
+    }
+
+    for first, second in ("ab", "bc", "ac"):
+        assert abs(correlation_score(noise[first], noise[second])) < 4
+
+
+def test_no_copy_without_noise_outlives_the_step() -> None:
+    sums = zeros()
+    memory = {name: leaf.data_ptr() for name, leaf in sums.items()}
+    grads = noisy_grad(sums, mechanism(), noise_key=5)
+
+    assert {name: leaf.data_ptr() for name, leaf in grads.items()} == memory
+    assert all(leaf.all() for leaf in sums.values())
+
+
+@pytest.mark.parametrize(
+    "leaf", [torch.zeros(3, dtype=torch.bfloat16), torch.zeros(3, 2).T], ids=["b", "t"]
+)
+def test_a_sum_of_another_type_or_layout_is_refused(leaf: Tensor) -> None:
+    with pytest.raises(ValueError, match="noise is added to contiguous float32 sums"):
+        noisy_grad({"a": leaf}, mechanism(), noise_key=1)
