@@ -1,0 +1,99 @@
+"""The progress of a run: a live bar in a terminal, plain lines elsewhere."""
+
+import time
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from dpsgd.report.tables import rounded_up
+
+__all__ = ["ProgressView"]
+
+_SECONDS_BETWEEN_LINES = 30.0
+
+
+class ProgressView:
+    """Shows steps, epsilon spent, views a second, time left and last accuracy.
+
+    Args:
+        console: A terminal gets a bar, anything else a line from time to time.
+        num_steps: Steps of the run.
+        step: Steps taken already.
+    """
+
+    def __init__(self, console: Console, *, num_steps: int, step: int) -> None:
+        self._console = console
+        self._num_steps = num_steps
+        self._last_line = time.monotonic()
+        self._bar: Progress | None = None
+        if console.is_terminal:
+            self._bar = Progress(
+                TextColumn("[bold]training"),
+                BarColumn(bar_width=None),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[status]}"),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                console=console,
+                expand=True,
+            )
+            self._task = self._bar.add_task(
+                "", total=num_steps, completed=step, status=""
+            )
+
+    def __enter__(self) -> Self:
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def show_step(self, step: int, *, epsilon: float, views_per_second: float) -> None:
+        """Shows a step just taken.
+
+        Args:
+            step: Steps taken.
+            epsilon: Upper bound spent after them.
+            views_per_second: Throughput so far.
+        """
+        status = f"eps <= {rounded_up(epsilon, 3)}  {views_per_second:,.0f} views/s"
+        if self._bar:
+            self._bar.update(self._task, completed=step, status=status)
+        elif time.monotonic() - self._last_line >= _SECONDS_BETWEEN_LINES:
+            self._line(f"step {step}/{self._num_steps}  {status}")
+
+    def show_evaluation(
+        self, step: int, *, epsilon: float, accuracies: dict[str, float]
+    ) -> None:
+        """Prints a line for an evaluation.
+
+        Args:
+            step: Steps taken.
+            epsilon: Upper bound spent after them.
+            accuracies: Test accuracy in [0, 1] by kind of weights.
+        """
+        shown = "  ".join(f"{name} {value:.2%}" for name, value in accuracies.items())
+        spent = f"step {step}/{self._num_steps}  eps <= {rounded_up(epsilon)}"
+        self._line(f"{spent}  test: {shown}")
+
+    def _line(self, text: str) -> None:
+        """Prints one line, above the bar if there is one."""
+        self._last_line = time.monotonic()
+        self._console.print(text, highlight=False, soft_wrap=True)

@@ -1,0 +1,106 @@
+"""The folder that a run leaves behind, and what may stand in it."""
+
+import importlib.metadata
+import platform
+import subprocess
+from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from dpsgd.errors import ConfigError, fault
+
+__all__ = ["RunDirectory", "default_run_directory", "environment"]
+
+_PACKAGES = ("dpsgd", "torch", "torchvision", "triton", "numpy", "prv-accountant")
+
+
+class RunDirectory:
+    """Names the files of one run.
+
+    Args:
+        path: The folder.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"
+        self.environment = path / "environment.json"
+        self.metrics = path / "metrics.jsonl"
+        self.report = path / "report.json"
+        self.weights = path / "model.safetensors"
+        self.checkpoints = path / "checkpoints"
+
+    def require_absent(self) -> None:
+        """Raises ConfigError if the folder holds anything: nothing is overwritten."""
+        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            rule = "holds a run or other files already, and nothing is overwritten"
+            remedy = f"name another folder, or go on with --resume {self.path}"
+            raise ConfigError(fault("--run-dir", self.path, rule, remedy))
+
+    def create(self, settings: Mapping[str, Any]) -> None:
+        """Makes the folder and writes the resolved settings into it.
+
+        Raises:
+            ConfigError: The folder holds something, or cannot be made.
+        """
+        self.require_absent()
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            text = yaml.safe_dump(dict(settings), sort_keys=False)
+            self.config.write_text(text, encoding="utf-8")
+        except OSError as error:
+            rule = f"cannot be made ({error.strerror})"
+            raise ConfigError(
+                fault("--run-dir", self.path, rule, "name another folder")
+            ) from error
+
+    def require(self) -> None:
+        """Raises ConfigError unless the folder holds a run."""
+        if not self.config.is_file():
+            rule = "holds no run (config.yaml is missing)"
+            remedy = "name the folder that bin/dpsgd-train made"
+            raise ConfigError(fault("run_dir", self.path, rule, remedy))
+
+
+def default_run_directory(config_path: Path, now: datetime) -> Path:
+    """Returns `runs/<config>-<time>`.
+
+    >>> default_run_directory(Path("digits.yaml"), datetime(2026, 1, 2, 3, 4, 5))
+    PosixPath('runs/digits-20260102-030405')
+    """
+    return Path("runs") / f"{config_path.stem}-{now:%Y%m%d-%H%M%S}"
+
+
+def environment() -> dict[str, Any]:
+    """Returns commit, versions and hardware, so that a result can be traced."""
+    versions: dict[str, str | None] = {}
+    for name in _PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    return {
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "versions": versions,
+        "cuda": torch.version.cuda,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "num_threads": torch.get_num_threads(),
+    }
+
+
+def _commit() -> str | None:
+    """Returns the commit of the source tree, marked if it was changed since."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    folder = Path(__file__).resolve().parent
+    try:
+        done = subprocess.run(
+            command, cwd=folder, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()

@@ -1,0 +1,76 @@
+from pathlib import Path
+
+import pytest
+
+from dpsgd.errors import UserError
+from dpsgd.report import MetricsWriter, read_metrics, to_json
+
+
+def test_records_are_appended_a_line_each(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    writer = MetricsWriter(path)
+    writer.write({"step": 1, "loss": float("nan")})
+    writer.write({"step": 2, "values": (1.5, float("inf"))})
+
+    assert path.read_text() == (
+        '{"step": 1, "loss": null}\n{"step": 2, "values": [1.5, null]}\n'
+    )
+    assert read_metrics(path) == [
+        {"step": 1, "loss": None},
+        {"step": 2, "values": [1.5, None]},
+    ]
+
+
+def test_a_resumed_run_drops_what_it_will_write_again(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    writer = MetricsWriter(path)
+    for step in (1, 2, 3):
+        writer.write({"step": step, "unprotected": {}})
+        writer.write({"step": step, "loss": 0.5})
+    MetricsWriter(path, from_step=2)
+
+    # Step 2's evaluation follows its checkpoint, its unprotected values precede it.
+    assert read_metrics(path) == [
+        {"step": 1, "unprotected": {}},
+        {"step": 1, "loss": 0.5},
+        {"step": 2, "unprotected": {}},
+    ]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_line_cut_short_by_a_crash_is_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2, "lo')
+    MetricsWriter(path, from_step=9).write({"step": 9})
+
+    assert read_metrics(path) == [{"step": 1}, {"step": 9}]
+
+
+def test_a_crash_while_dropping_lines_loses_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n')
+    monkeypatch.setattr(Path, "replace", lambda *_: 1 / 0)
+
+    with pytest.raises(ZeroDivisionError):
+        MetricsWriter(path, from_step=9)
+    assert read_metrics(path) == [{"step": 1}]
+
+
+def test_a_file_that_cannot_be_written_is_a_users_fault(tmp_path: Path) -> None:
+    path = tmp_path / "absent" / "metrics.jsonl"
+    with pytest.raises(UserError, match=r"metrics=.*No such file.*go on with --resume"):
+        MetricsWriter(path)
+    path.parent.mkdir()
+    writer = MetricsWriter(path)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(UserError, match=r"metrics=.*cannot be written \(Is a dir"):
+        writer.write({"step": 1})
+
+
+def test_json_is_strict() -> None:
+    assert to_json({"a": [float("-inf"), {"b": float("nan")}, 1]}) == (
+        '{"a": [null, {"b": null}, 1]}'
+    )

@@ -1,0 +1,54 @@
+import io
+
+from rich.console import Console
+from rich.table import Table
+
+from dpsgd.report import per_class_table, plan_table, result_table, rounded_up
+
+
+def shown(table: Table) -> list[list[str]]:
+    stream = io.StringIO()
+    Console(file=stream, width=100, markup=False).print(table)
+    rows = [line.strip("│┃ ") for line in stream.getvalue().splitlines()]
+    return [[cell.strip() for cell in row.replace("┃", "│").split("│")] for row in rows]
+
+
+def test_plan_rows_are_shown_as_they_are() -> None:
+    rows = shown(plan_table([("steps", "10"), ("path", "a[b]c")], title="Plan"))
+
+    assert ["Plan"] in rows
+    assert ["steps", "10"] in rows
+    assert ["path", "a[b]c"] in rows
+
+
+def test_results_are_accuracies_in_per_cent_and_a_loss() -> None:
+    measures = {"top-1": 0.98765, "loss": 0.98765}
+    table = result_table({"last": measures, "ema": {"top-1": 1, "loss": 0}}, title="")
+    rows = shown(table)
+
+    assert ["test set", "last", "ema"] in rows
+    assert ["top-1", "98.77%", "100.00%"] in rows
+    assert ["loss", "0.9877", "0.0000"] in rows
+
+
+def test_classes_and_their_largest_gap() -> None:
+    rows = shown(per_class_table({"cat": 0.9, "[dog]": 0.25, "owl": float("nan")}))
+
+    assert ["cat", "90.00%"] in rows
+    assert ["[dog]", "25.00%"] in rows
+    assert ["owl", "no examples"] in rows
+    assert ["largest gap (cat - [dog])", "65.00%"] in rows
+
+
+def test_classes_without_any_example_have_no_gap() -> None:
+    rows = shown(per_class_table({"cat": None}))
+
+    assert ["cat", "no examples"] in rows
+    assert not [row for row in rows if "gap" in row[0]]
+
+
+def test_bounds_are_rounded_up_and_never_down() -> None:
+    assert rounded_up(0.00001) == "0.0001"
+    assert rounded_up(2.9999) == "2.9999"
+    assert rounded_up(0.2001, 3) == "0.201"
+    assert rounded_up(float("inf")) == "inf"
