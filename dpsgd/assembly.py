@@ -1,0 +1,328 @@
+"""Builds the parts of a run from its settings: each once, in one place."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from dpsgd.checkpoint import Checkpoint, CheckpointStore, differences
+from dpsgd.clipping import ClippedGrad, clipped_grad
+from dpsgd.config import Config, config_to_dict
+from dpsgd.data import (
+    DataSplits,
+    PoissonSampler,
+    PublicFacts,
+    ViewLoader,
+    declared_num_examples,
+    load_datasets,
+    normalize,
+    place,
+    published_facts,
+)
+from dpsgd.errors import CheckpointError, ConfigError, DataError, fault
+from dpsgd.evaluate import Evaluation, evaluate
+from dpsgd.models import (
+    build_model,
+    check_model,
+    initialize,
+    per_example_loss,
+    trainable_params,
+)
+from dpsgd.optim import Optimizer
+from dpsgd.planning import Plan, make_plan
+from dpsgd.privacy import DPSGDMechanism, PrivacyLedger
+from dpsgd.rng import RandomStreams
+from dpsgd.train import Run, TrainState
+from dpsgd.trees import Params
+
+__all__ = ["assemble", "load_network", "plan_of"]
+
+_FORMAT = 1
+_EVALUATION_BATCH = 500
+# Where the data lie, how fast and how often we look may change between the pieces of
+# a run; everything else decides what is learned or guaranteed.
+_MAY_CHANGE = ("runtime", "eval", "report")
+_DATA_MAY_MOVE = ("root", "train", "test")
+
+
+def plan_of(config: Config) -> Plan:
+    """Returns the plan of a run, reading the data only where facts are not published.
+
+    Raises:
+        UserError: Settings or data are at fault.
+    """
+    facts = published_facts(config.data)
+    if facts is None:
+        facts = _facts(config, load_datasets(config.data))
+    return make_plan(config, _with_classes(config, facts))
+
+
+def assemble(
+    config: Config, *, store: CheckpointStore, checkpoint: Checkpoint | None = None
+) -> tuple[Run, TrainState, Plan]:
+    """Builds a run, at its start or where a checkpoint left it.
+
+    Args:
+        config: Settings.
+        store: Where checkpoints go.
+        checkpoint: Where to go on from; None starts anew.
+
+    Raises:
+        UserError: Settings, data or checkpoint are at fault.
+    """
+    splits = load_datasets(config.data)
+    identity = _identity(config, splits)
+    mechanism, streams = None, RandomStreams.from_seed(config.train.seed)
+    if checkpoint is not None:
+        _check_same_run(checkpoint, identity)
+        mechanism = DPSGDMechanism.from_dict(checkpoint.facts["mechanism"])
+        saved = checkpoint.facts["streams"]
+        streams = RandomStreams(bytes.fromhex(saved["key"]), seeded=saved["seeded"])
+        config = _with_microbatch_size(config, checkpoint.facts["microbatch_size"])
+    facts = _with_classes(config, _facts(config, splits))
+    plan = make_plan(config, facts, mechanism=mechanism)
+    model = _network(config, facts, splits)
+    initialize(model, streams.generator("init"))
+    check_model(model, facts.image_shape)
+    model.to(plan.device)
+    state = _initial_state(config, trainable_params(model))
+    if checkpoint is not None:
+        _restore(state, checkpoint)
+    run = Run(
+        config=config,
+        mechanism=plan.mechanism,
+        ledger=PrivacyLedger(
+            plan.mechanism,
+            plan.accountant,
+            max_epsilon=config.privacy.max_epsilon,
+        ),
+        streams=streams,
+        sampler=PoissonSampler(
+            num_rows=len(splits.train),
+            sample_rate=plan.mechanism.sample_rate,
+            streams=streams,
+        ),
+        load_views=_view_loader(config, plan, splits, streams),
+        grad_fn=_gradient_engine(config, plan, model),
+        evaluate=_evaluator(config, plan, splits, model),
+        save=partial(_save, store, plan=plan, streams=streams, identity=identity),
+        keep_best=store.mark_best,
+    )
+    run.ledger.require(1)  # a budget that one step exceeds trains nothing
+    return run, state, plan
+
+
+def load_network(
+    config: Config, splits: DataSplits, params: Params, device: torch.device
+) -> tuple[nn.Module, tuple[str, ...]]:
+    """Returns the network that fits given weights, and the names of its outputs.
+
+    Args:
+        config: Settings of the run.
+        splits: Its data.
+        params: Weights, whose shapes must be the network's.
+        device: Where the network shall be.
+
+    Raises:
+        UserError: Settings, data and weights do not fit together.
+    """
+    facts = _with_classes(config, _facts(config, splits))
+    model = _network(config, facts, splits)
+    _check_shapes("weights", params, trainable_params(model))
+    return model.to(device), facts.class_names
+
+
+def _network(config: Config, facts: PublicFacts, splits: DataSplits) -> nn.Module:
+    """Returns the network, parameters undrawn, once every label has an output."""
+    _check_labels(splits, facts.num_classes)
+    return build_model(
+        config.model, image_shape=facts.image_shape, num_classes=facts.num_classes
+    )
+
+
+def _facts(config: Config, splits: DataSplits) -> PublicFacts:
+    """Returns the public facts of loaded data, whose size is declared, not counted."""
+    return PublicFacts(
+        num_examples=declared_num_examples(config.data, rows_held=len(splits.train)),
+        image_shape=splits.train.image_shape,
+        class_names=splits.train.class_names,
+    )
+
+
+def _with_classes(config: Config, facts: PublicFacts) -> PublicFacts:
+    """Returns the facts with a name for every output of the network."""
+    declared, wanted = len(facts.class_names), config.model.num_classes
+    if not declared and wanted is None:
+        rule = "the data set declares no classes, and labels are never counted"
+        raise ConfigError(
+            fault("model.num_classes", None, rule, "give the number of classes")
+        )
+    if declared and wanted not in (None, declared):
+        rule = f"the data set declares {declared} classes"
+        raise ConfigError(
+            fault("model.num_classes", wanted, rule, f"set {declared} or remove it")
+        )
+    names = facts.class_names or tuple(str(label) for label in range(wanted or 0))
+    return dataclasses.replace(facts, class_names=names)
+
+
+def _check_labels(splits: DataSplits, num_classes: int) -> None:
+    """Raises if a label has no output of the network."""
+    for field, dataset in (("data.train", splits.train), ("data.test", splits.test)):
+        wrong = (dataset.labels >= num_classes).nonzero()
+        if len(wrong):
+            row = int(wrong[0])
+            rule = f"the label of row {row} is {int(dataset.labels[row])}"
+            remedy = f"labels must be below model.num_classes ({num_classes})"
+            raise DataError(fault(field, "...", rule, remedy))
+
+
+def _gradient_engine(config: Config, plan: Plan, model: nn.Module) -> ClippedGrad:
+    """Returns "Compute gradient" and "Clip gradient" for the network."""
+    on_gpu = plan.device.type == "cuda"
+    compiled = on_gpu if config.runtime.compile == "auto" else config.runtime.compile
+    return clipped_grad(
+        per_example_loss(model),
+        clipping_norm=plan.mechanism.clipping_norm,
+        rescale_to_unit_norm=plan.mechanism.rescale_to_unit_norm,
+        microbatch_size=plan.microbatch_size,
+        compiled=compiled,
+    )
+
+
+def _view_loader(
+    config: Config, plan: Plan, splits: DataSplits, streams: RandomStreams
+) -> ViewLoader:
+    """Returns what turns draws of the training set into views."""
+    return ViewLoader(
+        place(splits.train, plan.device),
+        config=config.data,
+        streams=streams,
+        microbatch_size=plan.microbatch_size,
+        dtype=getattr(torch, config.model.compute_dtype),
+        device=plan.device,
+    )
+
+
+def _evaluator(
+    config: Config, plan: Plan, splits: DataSplits, model: nn.Module
+) -> Callable[[Params], Evaluation]:
+    """Returns what measures weights on the test set."""
+    return partial(
+        evaluate,
+        model,
+        dataset=place(splits.test, plan.device),
+        normalize=partial(normalize, mean=config.data.mean, std=config.data.std),
+        class_names=plan.facts.class_names,
+        batch_size=_EVALUATION_BATCH,
+    )
+
+
+def _initial_state(config: Config, params: Params) -> TrainState:
+    """Returns the state before the first step."""
+    params = {name: leaf.clone() for name, leaf in params.items()}
+    ema = None
+    if config.ema.decay is not None:
+        ema = {name: leaf.clone() for name, leaf in params.items()}
+    num_steps = config.train.num_steps
+    optimizer = Optimizer(params, config.optimizer, num_steps=num_steps)
+    return TrainState(step=0, params=params, ema=ema, optimizer=optimizer)
+
+
+def _identity(config: Config, splits: DataSplits) -> dict[str, Any]:
+    """Returns what must be the same in every piece of a run."""
+    settings = config_to_dict(config)
+    for section in _MAY_CHANGE:
+        del settings[section]
+    for key in _DATA_MAY_MOVE:
+        del settings["data"][key]
+    fingerprints = {
+        "train": splits.train.fingerprint(),
+        "test": splits.test.fingerprint(),
+    }
+    return {"settings": settings, "data_fingerprint": fingerprints}
+
+
+def _check_same_run(checkpoint: Checkpoint, identity: Mapping[str, Any]) -> None:
+    """Raises if a checkpoint is of other settings, data or format."""
+    lines = differences(
+        {key: checkpoint.facts.get(key) for key in ("format", *identity)},
+        {"format": _FORMAT, **identity},
+    )
+    if lines:
+        remedy = "go on with what the run began with, or start a new one"
+        raise CheckpointError(
+            "\n".join(f"{line.removeprefix('settings.')}; {remedy}" for line in lines)
+        )
+
+
+def _with_microbatch_size(config: Config, saved: int) -> Config:
+    """Returns settings whose `auto` is what it was, so that rounding is the same."""
+    if config.runtime.microbatch_size != "auto":
+        return config
+    runtime = dataclasses.replace(config.runtime, microbatch_size=saved)
+    return dataclasses.replace(config, runtime=runtime)
+
+
+def _save(
+    store: CheckpointStore,
+    state: TrainState,
+    *,
+    plan: Plan,
+    streams: RandomStreams,
+    identity: Mapping[str, Any],
+) -> None:
+    """Writes the checkpoint of a state."""
+    tensors = {f"params/{name}": leaf for name, leaf in state.params.items()}
+    tensors |= {f"ema/{name}": leaf for name, leaf in (state.ema or {}).items()}
+    optimizer = state.optimizer.state()
+    tensors |= {f"optimizer/{name}": leaf for name, leaf in optimizer.items()}
+    facts = {
+        "format": _FORMAT,
+        **identity,
+        "step": state.step,
+        "best_accuracy": state.best_accuracy,
+        "train_seconds": state.train_seconds,
+        "timed_steps": state.timed_steps,
+        "timed_seconds": state.timed_seconds,
+        "wall_seconds": state.wall_seconds,
+        "mechanism": plan.mechanism.to_dict(),
+        "streams": {"key": streams.key.hex(), "seeded": streams.seeded},
+        "microbatch_size": plan.microbatch_size,
+    }
+    store.save(state.step, Checkpoint(tensors, facts))
+
+
+def _restore(state: TrainState, checkpoint: Checkpoint) -> None:
+    """Puts a checkpoint's values into a fresh state, in place."""
+    groups: dict[str, Params] = {"params": {}, "ema": {}, "optimizer": {}}
+    for full_name, leaf in checkpoint.tensors.items():
+        group, _, name = full_name.partition("/")
+        groups[group][name] = leaf
+    for group, leaves in (("params", state.params), ("ema", state.ema or {})):
+        _check_shapes(group, groups[group], leaves)
+        for name, leaf in leaves.items():
+            leaf.copy_(groups[group][name])
+    state.optimizer.load_state(groups["optimizer"])
+    state.step = checkpoint.facts["step"]
+    state.best_accuracy = checkpoint.facts["best_accuracy"]
+    state.train_seconds = checkpoint.facts["train_seconds"]
+    state.timed_steps = checkpoint.facts["timed_steps"]
+    state.timed_seconds = checkpoint.facts["timed_seconds"]
+    state.wall_seconds = checkpoint.facts["wall_seconds"]
+
+
+def _check_shapes(group: str, saved: Params, present: Params) -> None:
+    """Raises if saved leaves are not the network's."""
+    lines = differences(_shapes(saved), _shapes(present), f"{group}.")
+    if lines:
+        remedy = "use the network that the run began with"
+        raise CheckpointError("\n".join(f"{line}; {remedy}" for line in lines))
+
+
+def _shapes(params: Params) -> dict[str, list[int]]:
+    """Returns the shape of every leaf."""
+    return {name: list(leaf.shape) for name, leaf in params.items()}

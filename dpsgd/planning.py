@@ -1,0 +1,242 @@
+"""What a run will do and guarantee, from its settings and public facts alone."""
+
+import math
+import os
+from dataclasses import dataclass
+
+import torch
+
+from dpsgd.clipping import MicrobatchMemory, measure_microbatch
+from dpsgd.config import Config
+from dpsgd.data import PublicFacts
+from dpsgd.errors import ConfigError, fault
+from dpsgd.models import build_model
+from dpsgd.privacy import (
+    Accountant,
+    DPSGDMechanism,
+    EpsilonBound,
+    build_accountant,
+    calibrate_noise_multiplier,
+)
+from dpsgd.trees import num_elements
+
+__all__ = ["Plan", "build_mechanism", "choose_device", "make_plan"]
+
+_MEMORY_SHARE = 0.6
+_CPU_MICROBATCH_BYTES = 1 << 30
+_VIEWS_PER_PASS = {"cpu": 256, "cuda": 2048}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """A run, before it starts.
+
+    Attributes:
+        facts: Public facts of the data set.
+        mechanism: What is guaranteed.
+        accountant: Certifies epsilon.
+        epsilon: Bounds on epsilon after all steps; the upper one is promised.
+        num_parameters: Trainable scalars.
+        memory: Bytes on the device.
+        microbatch_size: Examples a pass.
+        device: Where.
+    """
+
+    facts: PublicFacts
+    mechanism: DPSGDMechanism
+    accountant: Accountant
+    epsilon: EpsilonBound
+    num_parameters: int
+    memory: MicrobatchMemory
+    microbatch_size: int
+    device: torch.device
+
+    def rows(self, config: Config) -> list[tuple[str, str]]:
+        """Returns what to show, as (name, value) in words."""
+        mechanism, privacy = self.mechanism, config.privacy
+        views = config.data.augmentation_multiplicity
+        needed = self.memory.total(self.microbatch_size) / 2**20
+        seeded = config.train.seed is not None
+        return [
+            ("examples", f"{self.facts.num_examples:,} (public, declared)"),
+            ("sample rate", f"{mechanism.sample_rate:.6g} (Poisson)"),
+            ("expected batch", f"{mechanism.expected_batch_size:,g} examples"),
+            ("views an example", f"{views} ({config.data.augmentation})"),
+            ("normalisation", _constants(config)),
+            ("steps", f"{mechanism.num_steps:,}"),
+            ("noise multiplier", f"{mechanism.noise_multiplier:.6g}"),
+            ("clipping norm", f"{mechanism.clipping_norm:g}"),
+            ("epsilon (upper bound)", _epsilon(self.epsilon.upper)),
+            ("delta", f"{mechanism.delta:g}"),
+            ("accountant", privacy.accountant),
+            ("neighbours", mechanism.adjacency),
+            ("network", f"{config.model.name}, {config.model.compute_dtype}"),
+            ("parameters", f"{self.num_parameters:,}"),
+            (
+                "microbatch",
+                f"{self.microbatch_size} examples, about {needed:,.0f} MiB on "
+                f"{self.device}",
+            ),
+            (
+                "random streams",
+                "from a seed: repeatable, NOT to be released as private"
+                if seeded
+                else "from the operating system",
+            ),
+        ]
+
+
+def choose_device(name: str) -> torch.device:
+    """Returns the device that `runtime.device` means.
+
+    Raises:
+        ConfigError: CUDA is asked for and absent, or the name is not one.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        rule = "must be auto, cpu, cuda or cuda:N"
+        raise ConfigError(fault("runtime.device", name, rule, "take one of them"))
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        rule = f"this machine has {count} CUDA devices"
+        raise ConfigError(fault("runtime.device", name, rule, "take cpu or auto"))
+    return device
+
+
+def build_mechanism(
+    config: Config, num_examples: int, accountant: Accountant
+) -> DPSGDMechanism:
+    """Builds the one mechanism of a run, calibrating the noise if a target is set.
+
+    Args:
+        config: Settings.
+        num_examples: Public size N of the training set.
+        accountant: Certifies that the target is kept.
+
+    Raises:
+        ConfigError: The batch exceeds N, delta is not below 1/N, or no noise reaches
+            the target; one line for each.
+    """
+    privacy = config.privacy
+    faults = []
+    if privacy.delta >= 1 / num_examples:
+        rule = f"must be below 1/num_examples ({1 / num_examples:.1e})"
+        faults.append(fault("privacy.delta", privacy.delta, rule, "lower delta"))
+    if privacy.expected_batch_size > num_examples:
+        rule = f"the sample rate would pass 1: must be at most {num_examples} examples"
+        value = privacy.expected_batch_size
+        faults.append(fault("privacy.expected_batch_size", value, rule, "lower it"))
+    if faults:
+        raise ConfigError("\n".join(faults))
+    sample_rate = privacy.expected_batch_size / num_examples
+    noise_multiplier = privacy.noise_multiplier
+    if noise_multiplier is None:
+        assert privacy.target_epsilon is not None  # the loader sees to one of the two
+        noise_multiplier = calibrate_noise_multiplier(
+            target_epsilon=privacy.target_epsilon,
+            sample_rate=sample_rate,
+            num_steps=config.train.num_steps,
+            delta=privacy.delta,
+            accountant=accountant,
+        )
+    return DPSGDMechanism(
+        sample_rate=sample_rate,
+        num_steps=config.train.num_steps,
+        noise_multiplier=noise_multiplier,
+        clipping_norm=privacy.clipping_norm,
+        expected_batch_size=privacy.expected_batch_size,
+        delta=privacy.delta,
+        rescale_to_unit_norm=privacy.rescale_to_unit_norm,
+    )
+
+
+def make_plan(
+    config: Config, facts: PublicFacts, *, mechanism: DPSGDMechanism | None = None
+) -> Plan:
+    """Says what a run will do.
+
+    Args:
+        config: Settings.
+        facts: Public facts of the data set.
+        mechanism: That of a checkpoint; None builds it from the settings.
+
+    Raises:
+        ConfigError: Settings and facts do not fit together.
+    """
+    device = choose_device(config.runtime.device)
+    with torch.device("meta"):
+        model = build_model(
+            config.model, image_shape=facts.image_shape, num_classes=facts.num_classes
+        )
+    memory = measure_microbatch(
+        model,
+        image_shape=facts.image_shape,
+        num_views=config.data.augmentation_multiplicity,
+    )
+    microbatch_size = _choose_microbatch_size(config, memory, device)
+    accountant = build_accountant(config.privacy.accountant)
+    if mechanism is None:
+        mechanism = build_mechanism(config, facts.num_examples, accountant)
+    return Plan(
+        facts=facts,
+        mechanism=mechanism,
+        accountant=accountant,
+        epsilon=accountant.epsilon([mechanism.phase()], mechanism.delta),
+        num_parameters=num_elements(dict(model.named_parameters())),
+        memory=memory,
+        microbatch_size=microbatch_size,
+        device=device,
+    )
+
+
+def _choose_microbatch_size(
+    config: Config, memory: MicrobatchMemory, device: torch.device
+) -> int:
+    """Returns the configured size if it fits, or a good one for `auto`."""
+    available = _memory_of(device)
+    wanted = config.runtime.microbatch_size
+    if wanted != "auto":
+        if memory.total(wanted) <= available:
+            return wanted
+        largest = memory.largest_fitting(available)
+        needed = memory.total(wanted) / 2**30
+        rule = f"needs about {needed:,.1f} GiB, {device} has {available / 2**30:,.1f}"
+        remedy = f"the largest that fits is about {largest}"
+        raise ConfigError(fault("runtime.microbatch_size", wanted, rule, remedy))
+    share = int(_MEMORY_SHARE * available)
+    if device.type == "cpu":
+        share = min(share, memory.fixed + _CPU_MICROBATCH_BYTES)
+    views = config.data.augmentation_multiplicity
+    most = min(
+        memory.largest_fitting(share),
+        _VIEWS_PER_PASS[device.type] // views,
+        math.ceil(config.privacy.expected_batch_size),
+    )
+    return 1 << max(0, most.bit_length() - 1)  # a power of two, at least 1
+
+
+def _memory_of(device: torch.device) -> int:
+    """Returns the bytes that a run may take on a device."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _epsilon(value: float) -> str:
+    """Returns epsilon rounded up, so that what is shown is a bound too."""
+    if math.isinf(value):
+        return "infinite: NO privacy guarantee"
+    return f"{math.ceil(value * 1e4) / 1e4:.4f}"
+
+
+def _constants(config: Config) -> str:
+    """Returns the public constants that pixels are normalised with."""
+    mean = ", ".join(f"{value:.4g}" for value in config.data.mean)
+    std = ", ".join(f"{value:.4g}" for value in config.data.std)
+    return f"mean {mean}; std {std} (public constants)"

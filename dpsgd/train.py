@@ -1,0 +1,363 @@
+"""Algorithm 1 of Abadi et al. 2016 with the recipe of De et al. 2022, on one page.
+
+`train_step` is the algorithm; `train` repeats it, saves, evaluates and tells observers.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from dpsgd.clipping import ClippedGrad, PassStatistics
+from dpsgd.config import Config
+from dpsgd.data import PoissonSampler, ViewLoader
+from dpsgd.errors import UserError, fault
+from dpsgd.evaluate import Evaluation
+from dpsgd.optim import Optimizer, noisy_grad, update_ema_
+from dpsgd.privacy import DPSGDMechanism, PrivacyLedger
+from dpsgd.rng import RandomStreams
+from dpsgd.trees import Params, zeros_like
+
+__all__ = [
+    "EvaluationRecord",
+    "Observer",
+    "Outcome",
+    "Run",
+    "StepRecord",
+    "TrainState",
+    "train",
+    "train_step",
+]
+
+Outcome = Literal["finished", "interrupted", "budget_spent"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    """The parts of a run, each built once and handed to all who need it.
+
+    Attributes:
+        config: Settings.
+        mechanism: What is guaranteed; nobody recomputes a member.
+        ledger: What has been spent, and may be.
+        streams: Random streams.
+        sampler: "Take a random sample".
+        load_views: Turns a draw into microbatches of views.
+        grad_fn: "Compute gradient", "Clip gradient".
+        evaluate: Measures weights on the public test set.
+        save: Writes a checkpoint of a state.
+        keep_best: Marks the checkpoint of a step as the best.
+    """
+
+    config: Config
+    mechanism: DPSGDMechanism
+    ledger: PrivacyLedger
+    streams: RandomStreams
+    sampler: PoissonSampler
+    load_views: ViewLoader
+    grad_fn: ClippedGrad
+    evaluate: Callable[[Params], Evaluation]
+    save: Callable[["TrainState"], None]
+    keep_best: Callable[[int], None]
+
+    def __post_init__(self) -> None:
+        """Raises if a part would do other than what is accounted."""
+        for what, part, accounted in (
+            ("sample_rate", self.sampler.sample_rate, self.mechanism.sample_rate),
+            (
+                "l2_sensitivity",
+                self.grad_fn.l2_sensitivity,
+                self.mechanism.l2_sensitivity,
+            ),
+            ("mechanism", self.ledger.mechanism, self.mechanism),
+        ):
+            if part != accounted:
+                rule = f"the mechanism has {accounted}"
+                raise ValueError(fault(what, part, rule, "build both from one"))
+
+    def views_per_second(self, state: "TrainState") -> float:
+        """Returns expected views over the time that steps take once warmed up."""
+        views = self.config.data.augmentation_multiplicity
+        views_per_step = self.mechanism.expected_batch_size * views
+        if state.timed_steps == 0:
+            return views_per_step * state.step / max(state.train_seconds, 1e-9)
+        return views_per_step * state.timed_steps / max(state.timed_seconds, 1e-9)
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainState:
+    """What training changes.
+
+    Attributes:
+        step: Steps taken, each paid for.
+        params: Trainable parameters, float32.
+        ema: Their average, or None.
+        optimizer: Update rule with its momenta.
+        best_accuracy: Highest test accuracy evaluated so far, -1 before the first.
+        train_seconds: Time spent in steps, over all pieces of the run.
+        timed_steps: Steps but for the first of each piece, which warms up.
+        timed_seconds: Time spent in those.
+        wall_seconds: Time spent in steps, checkpoints and evaluations.
+    """
+
+    step: int
+    params: Params
+    ema: Params | None
+    optimizer: Optimizer
+    best_accuracy: float = -1.0
+    train_seconds: float = 0.0
+    timed_steps: int = 0
+    timed_seconds: float = 0.0
+    wall_seconds: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepRecord:
+    """One step, for observers.
+
+    Attributes:
+        step: Steps taken.
+        epsilon: Upper bound spent after them.
+        views_per_second: Expected views a step over the mean seconds a step.
+        unprotected: Values without noise, if asked for; the guarantee leaves them out.
+    """
+
+    step: int
+    epsilon: float
+    views_per_second: float
+    unprotected: Mapping[str, float] | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluationRecord:
+    """One evaluation, for observers.
+
+    Attributes:
+        step: Steps taken.
+        epsilon: Upper bound spent after them.
+        train_seconds: Time spent in steps.
+        views_per_second: Expected views a step over the mean seconds a step.
+        last: Of the parameters as they are.
+        ema: Of their average, or None.
+    """
+
+    step: int
+    epsilon: float
+    train_seconds: float
+    views_per_second: float
+    last: Evaluation
+    ema: Evaluation | None
+
+    @property
+    def best_accuracy(self) -> float:
+        """The better of the two accuracies, in [0, 1]."""
+        return max(self.last.accuracy, self.ema.accuracy if self.ema else 0.0)
+
+
+class Observer(Protocol):
+    """Is told what happens; can change nothing."""
+
+    def on_step(self, record: StepRecord) -> None:
+        """Called after every step."""
+        ...
+
+    def on_evaluation(self, record: EvaluationRecord) -> None:
+        """Called after every evaluation, whose checkpoint is on disk by then."""
+        ...
+
+
+def train_step(run: Run, state: TrainState) -> list[PassStatistics]:
+    """Takes one step: one draw, one noise, one update, one composition.
+
+    Returns:
+        What each pass saw. Unprotected.
+
+    Source: Abadi et al. 2016, Algorithm 1 (arXiv:1607.00133), its lines quoted; the
+    views, averaged inside each example's loss, and the parameter average: De et al.
+    2022 (arXiv:2204.13650).
+    """
+    # "Take a random sample L_t with sampling probability L/N"
+    draw = run.sampler.draw(state.step)
+    # "Compute gradient", "Clip gradient", and their sum
+    clipped_sum = zeros_like(state.params)
+    passes = [
+        run.grad_fn.accumulate(clipped_sum, state.params, views, labels, mask=mask)
+        for views, labels, mask in run.load_views(draw, state.step)
+    ]
+    # "Add noise", and divide by the expected batch size L
+    noise_key = run.streams.noise_key(state.step)
+    grads = noisy_grad(clipped_sum, run.mechanism, noise_key=noise_key)
+    # "Descent"
+    state.optimizer.step(grads, step=state.step)
+    decay = run.config.ema.decay
+    if state.ema is not None and decay is not None:
+        update_ema_(state.ema, state.params, step=state.step, decay=decay)
+    state.step += 1
+    return passes
+
+
+def train(
+    run: Run,
+    state: TrainState,
+    observers: Sequence[Observer] = (),
+    *,
+    stop_requested: Callable[[], bool] = lambda: False,
+) -> Outcome:
+    """Trains until the steps or the budget are spent, or a stop is requested.
+
+    No evaluation leaves this function before a checkpoint holds its step, so that
+    what is repeated after a crash was never shown to anyone. (Unprotected values do,
+    if they are asked for; no guarantee speaks of them.)
+
+    Args:
+        run: Parts of the run.
+        state: Where to start; changed in place.
+        observers: Told of every step and evaluation.
+        stop_requested: Asked after every step; True saves and returns.
+
+    Raises:
+        UserError: The parameters or the test loss are no longer finite.
+        CheckpointError: A checkpoint could not be written; earlier ones are intact.
+    """
+    watch = _Stopwatch(state)
+    if state.step == 0:
+        run.save(state)  # a run killed in its first steps can go on, too
+    elif _evaluates_at(run, state.step):
+        _evaluate(run, state, observers)  # the run ended before this was recorded
+    while state.step < run.ledger.max_steps:
+        run.ledger.require(state.step + 1)
+        watch.skip()
+        passes = train_step(run, state)
+        _check_finite(run, state)
+        watch.count_step()
+        record = _step_record(run, state, passes)
+        for observer in observers:
+            observer.on_step(record)
+        stopping = stop_requested()
+        evaluating = _evaluates_at(run, state.step)
+        if stopping or evaluating or _saves_at(run, state.step):
+            run.save(state)
+        if evaluating:
+            _evaluate(run, state, observers)
+        if stopping and state.step < run.ledger.max_steps:
+            return "interrupted"
+    watch.skip()
+    return "finished" if state.step >= run.mechanism.num_steps else "budget_spent"
+
+
+class _Stopwatch:
+    """Books the time that passes on a state.
+
+    Args:
+        state: Where it is booked.
+    """
+
+    def __init__(self, state: TrainState) -> None:
+        self._state = state
+        self._is_warm = False
+        self._last = time.perf_counter()
+
+    def skip(self) -> None:
+        """Books the time since the last call on anything but steps."""
+        self._lap()
+
+    def count_step(self) -> None:
+        """Books the time since the last call on the step just taken."""
+        seconds = self._lap()
+        self._state.train_seconds += seconds
+        if self._is_warm:
+            self._state.timed_steps += 1
+            self._state.timed_seconds += seconds
+        self._is_warm = True
+
+    def _lap(self) -> float:
+        """Books and returns the seconds since the last call."""
+        before, self._last = self._last, time.perf_counter()
+        self._state.wall_seconds += self._last - before
+        return self._last - before
+
+
+def _evaluates_at(run: Run, step: int) -> bool:
+    """Returns whether the test set is measured after `step` steps."""
+    return step % run.config.eval.every == 0 or step == run.ledger.max_steps
+
+
+def _saves_at(run: Run, step: int) -> bool:
+    """Returns whether a checkpoint is due after `step` steps."""
+    return step % run.config.runtime.checkpoint_every == 0
+
+
+def _evaluate(run: Run, state: TrainState, observers: Sequence[Observer]) -> None:
+    """Measures both weights, keeps the best, and tells observers."""
+    record = EvaluationRecord(
+        step=state.step,
+        epsilon=run.ledger.epsilon_spent(state.step),
+        train_seconds=state.train_seconds,
+        views_per_second=run.views_per_second(state),
+        last=run.evaluate(state.params),
+        ema=run.evaluate(state.ema) if state.ema is not None else None,
+    )
+    if record.best_accuracy > state.best_accuracy:
+        state.best_accuracy = record.best_accuracy
+        run.keep_best(state.step)
+    for observer in observers:
+        observer.on_evaluation(record)
+    if not _is_finite(record.last.loss):
+        raise _diverged(run, state, "test loss")
+
+
+def _check_finite(run: Run, state: TrainState) -> None:
+    """Raises if training has diverged; parameters are private, so looking is free."""
+    norms = torch.stack(torch._foreach_norm(list(state.params.values())))
+    if not bool(torch.isfinite(norms).all()):
+        raise _diverged(run, state, "parameters")
+
+
+def _is_finite(value: float) -> bool:
+    """Returns whether a number is neither inf nor NaN."""
+    return abs(value) < float("inf")
+
+
+def _diverged(run: Run, state: TrainState, what: str) -> UserError:
+    """Returns the error for values that are no longer finite."""
+    rate = run.config.optimizer.learning_rate
+    rule = f"training diverged: the {what} held inf or NaN after step {state.step}"
+    remedy = "lower the learning rate and start a new run"
+    return UserError(fault("optimizer.learning_rate", rate, rule, remedy))
+
+
+def _step_record(
+    run: Run, state: TrainState, passes: Sequence[PassStatistics]
+) -> StepRecord:
+    """Describes the step just taken."""
+    asked = run.config.report.unprotected_metrics
+    return StepRecord(
+        step=state.step,
+        epsilon=run.ledger.epsilon_spent(state.step),
+        views_per_second=run.views_per_second(state),
+        unprotected=_unprotected(run, passes) if asked else None,
+    )
+
+
+def _unprotected(run: Run, passes: Sequence[PassStatistics]) -> dict[str, float]:
+    """Summarises values that noise does not protect."""
+    if not passes:
+        return {"realized_batch_size": 0.0}
+    norms = torch.cat([one.per_sample_norms for one in passes])
+    losses = torch.cat([one.losses for one in passes])
+    realized = torch.stack([one.num_examples for one in passes]).sum()
+    left_out = torch.stack([one.num_nonfinite for one in passes]).sum()
+
+    def mean(values: Tensor) -> float:
+        return float(values.nan_to_num().sum() / realized.clamp(min=1))
+
+    return {
+        "realized_batch_size": float(realized),
+        "train_loss": mean(losses),
+        "mean_gradient_norm": mean(norms),
+        "clipped_share": mean((norms > run.mechanism.clipping_norm).float()),
+        "num_nonfinite": float(left_out),
+    }
