@@ -1,0 +1,21 @@
+"""Runs a command of the repository, with its own environment when there is one."""
+
+import importlib
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def launch(module_name: str) -> None:
+    """Exits with the code of `main()` of a module of this repository.
+
+    Outside `<repository>/.venv` the script starts again inside it, if it exists.
+    """
+    environment = ROOT / ".venv"
+    python = environment / "bin" / "python"
+    if python.exists() and Path(sys.prefix).resolve() != environment.resolve():
+        os.execv(python, [str(python), *sys.argv])
+    sys.path.insert(0, str(ROOT))
+    sys.exit(importlib.import_module(module_name).main())

@@ -1,0 +1,1 @@
+"""The commands: each reads arguments, calls the rooms below, maps faults to codes."""

@@ -1,0 +1,313 @@
+"""`bin/dpsgd-train`: read settings, show the plan, train, leave a report."""
+
+import argparse
+import resource
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from dpsgd.assembly import assemble, plan_of
+from dpsgd.checkpoint import CheckpointStore, write_atomically, write_tensors
+from dpsgd.cli.errors import UsageParser, exit_code
+from dpsgd.config import Config, config_to_dict, load_config
+from dpsgd.errors import ConfigError, fault
+from dpsgd.planning import Plan
+from dpsgd.report import (
+    MetricsWriter,
+    ProgressView,
+    RunDirectory,
+    default_run_directory,
+    environment,
+    per_class_table,
+    plan_table,
+    result_table,
+    rounded_up,
+    to_json,
+)
+from dpsgd.train import EvaluationRecord, Outcome, Run, StepRecord, TrainState, train
+
+__all__ = ["main"]
+
+_SIGNAL_EXIT = 128  # a shell's code for a process that a signal ended
+_GRACE_SECONDS = 2.0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command.
+
+    Args:
+        argv: Arguments; None takes those of the process.
+
+    Returns:
+        0 when trained, 2 when something given is at fault, 130 or 143 when stopped by
+        SIGINT or SIGTERM with a checkpoint written.
+    """
+    return exit_code(lambda: _run(_parse(argv)))
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Reads the arguments."""
+    parser = UsageParser(
+        prog="dpsgd-train",
+        description="Train an image classifier with differential privacy.",
+    )
+    parser.add_argument("config", nargs="?", type=Path, help="YAML file of settings")
+    parser.add_argument(
+        "--plan", action="store_true", help="show what would be done, and stop"
+    )
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="section.key=value",
+        help="replace a setting; may be repeated",
+    )
+    parser.add_argument(
+        "--run-dir",
+        type=Path,
+        metavar="DIR",
+        help="where results go (default runs/<config>-<time>)",
+    )
+    parser.add_argument(
+        "--resume", type=Path, metavar="DIR", help="go on with the run in DIR"
+    )
+    arguments = parser.parse_args(argv)
+    if arguments.config is None and arguments.resume is None:
+        parser.error("a configuration file is required, or --resume DIR")
+    if arguments.run_dir is not None and arguments.resume is not None:
+        parser.error("--run-dir and --resume both name the run; give one of them")
+    return arguments
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    """Plans or trains, as the arguments say."""
+    console = Console(markup=False, emoji=False)  # a path may hold [brackets]
+    path = arguments.config or RunDirectory(arguments.resume).config
+    if arguments.resume is not None:
+        RunDirectory(arguments.resume).require()
+    config = load_config(path, arguments.overrides)
+    if arguments.plan:
+        _show_plan(console, config, plan_of(config))
+        return 0
+    directory = RunDirectory(
+        arguments.resume
+        or arguments.run_dir
+        or default_run_directory(path, datetime.now())
+    )
+    return _train(console, config, directory, resumes=arguments.resume is not None)
+
+
+def _train(
+    console: Console, config: Config, directory: RunDirectory, *, resumes: bool
+) -> int:
+    """Trains in a folder, from the start or from its newest checkpoint."""
+    store = CheckpointStore(directory.checkpoints, keep=config.runtime.keep_checkpoints)
+    if not resumes:
+        directory.require_absent()
+    checkpoint = store.newest() if resumes else None
+    run, state, plan = assemble(config, store=store, checkpoint=checkpoint)
+    if not resumes:
+        directory.create(config_to_dict(config))
+        write_atomically(directory.environment, to_json(environment()).encode())
+    _show_plan(console, config, plan)
+    console.print(f"run directory: {directory.path}", highlight=False, soft_wrap=True)
+    held, declared = run.sampler.num_rows, plan.facts.num_examples
+    if held != declared:
+        text = f"{held} examples are held, {declared} are declared"
+        console.print(f"note: {text}: sample rate and divisor follow the declared size")
+    stop = _StopSignal()
+    metrics = MetricsWriter(directory.metrics, from_step=state.step)
+    progress = ProgressView(console, num_steps=run.ledger.max_steps, step=state.step)
+    observer = _Recorder(metrics, progress)
+    try:
+        with stop, progress:
+            outcome = train(
+                run, state, [observer], stop_requested=lambda: stop.received is not None
+            )
+    except RuntimeError as error:
+        if not _is_out_of_memory(error):
+            raise
+        size = plan.microbatch_size
+        rule = f"does not fit in the memory of {plan.device}"
+        remedy = f"set it to {max(1, size // 2)} or less; go on with --resume"
+        raise ConfigError(
+            fault("runtime.microbatch_size", size, rule, remedy)
+        ) from error
+    if outcome == "interrupted":
+        console.print(
+            f"stopped after step {state.step}, checkpoint written; go on with\n"
+            f"  bin/dpsgd-train --resume {directory.path}",
+            highlight=False,
+            soft_wrap=True,
+        )
+        return _SIGNAL_EXIT + (stop.received or 0)
+    assert observer.evaluation is not None  # the last step is always evaluated
+    _leave(console, directory, run, state, observer.evaluation, outcome)
+    return 0
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """Returns whether memory ran out: on the CPU torch has no error type for it."""
+    on_cpu = "can't allocate memory" in str(error)
+    return on_cpu or isinstance(error, torch.OutOfMemoryError)
+
+
+class _StopSignal:
+    """Remembers SIGTERM or SIGINT; a later second one ends the process at once.
+
+    Process managers send a signal to the process and again to its group, so what
+    follows within the grace period is the same request.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._received_at = 0.0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._before[number] = signal.signal(number, self._handle)
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        if self.received is None:
+            self.received, self._received_at = number, time.monotonic()
+        elif time.monotonic() - self._received_at > _GRACE_SECONDS:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+
+
+class _Recorder:
+    """Hands what training tells to the metrics file and the progress view."""
+
+    def __init__(self, metrics: MetricsWriter, progress: ProgressView) -> None:
+        self._metrics = metrics
+        self._progress = progress
+        self.evaluation: EvaluationRecord | None = None
+
+    def on_step(self, record: StepRecord) -> None:
+        """Shows the step; records it only if unprotected values were asked for."""
+        self._progress.show_step(
+            record.step,
+            epsilon=record.epsilon,
+            views_per_second=record.views_per_second,
+        )
+        if record.unprotected is not None:
+            self._metrics.write(
+                {"step": record.step, "unprotected": dict(record.unprotected)}
+            )
+
+    def on_evaluation(self, record: EvaluationRecord) -> None:
+        """Shows and records the evaluation."""
+        self.evaluation = record
+        accuracies = {"last": record.last.accuracy}
+        line: dict[str, Any] = {
+            "step": record.step,
+            "epsilon": record.epsilon,
+            "test_accuracy": record.last.accuracy,
+            "test_loss": record.last.loss,
+        }
+        if record.ema is not None:
+            accuracies["ema"] = record.ema.accuracy
+            line["test_accuracy_ema"] = record.ema.accuracy
+            line["test_loss_ema"] = record.ema.loss
+        line["train_seconds"] = record.train_seconds
+        line["views_per_second"] = record.views_per_second
+        self._metrics.write(line)
+        self._progress.show_evaluation(
+            record.step, epsilon=record.epsilon, accuracies=accuracies
+        )
+
+
+def _show_plan(console: Console, config: Config, plan: Plan) -> None:
+    """Prints the privacy plan."""
+    console.print(plan_table(plan.rows(config), title="Privacy plan"))
+
+
+def _leave(
+    console: Console,
+    directory: RunDirectory,
+    run: Run,
+    state: TrainState,
+    record: EvaluationRecord,
+    outcome: Outcome,
+) -> None:
+    """Writes weights and report, and prints the result."""
+    weights = {f"last/{name}": leaf for name, leaf in state.params.items()}
+    weights |= {f"ema/{name}": leaf for name, leaf in (state.ema or {}).items()}
+    write_tensors(directory.weights, weights, {"step": state.step})
+    report = _report(run, state, record, outcome)
+    write_atomically(directory.report, to_json(report, indent=2).encode())
+    results = {
+        name: {
+            "top-1": one.accuracy,
+            "top-5": one.top5_accuracy,
+            "loss": one.loss,
+        }
+        for name, one in (("last", record.last), ("ema", record.ema))
+        if one is not None
+    }
+    epsilon, delta = report["epsilon"], report["delta"]
+    guarantee = "NO privacy guarantee"
+    if epsilon is not None:
+        guarantee = f"({rounded_up(epsilon)}, {delta:g})-DP"
+    console.print(per_class_table(report["per_class_accuracy"]))
+    console.print(result_table(results, title=f"Result, {guarantee}"))
+    if outcome == "budget_spent":
+        text = f"the budget was spent after {state.step} of {run.mechanism.num_steps}"
+        console.print(f"stopped early: {text} steps", highlight=False, soft_wrap=True)
+    console.print(f"report: {directory.report}", highlight=False, soft_wrap=True)
+
+
+def _report(
+    run: Run, state: TrainState, record: EvaluationRecord, outcome: Outcome
+) -> dict[str, Any]:
+    """Returns the facts of report.json."""
+    mechanism = run.mechanism
+    best_known = record.ema or record.last
+    epsilon = run.ledger.epsilon_exactly(state.step)
+    return {
+        "outcome": outcome,
+        "test_accuracy": record.last.accuracy,
+        "test_accuracy_ema": record.ema.accuracy if record.ema else None,
+        "test_loss": record.last.loss,
+        "test_loss_ema": record.ema.loss if record.ema else None,
+        "per_class_accuracy": best_known.per_class_accuracy,
+        "largest_gap": best_known.largest_gap,
+        "epsilon": epsilon if epsilon < float("inf") else None,
+        "delta": mechanism.delta,
+        "adjacency": mechanism.adjacency,
+        "accountant": run.config.privacy.accountant,
+        "noise_multiplier": mechanism.noise_multiplier,
+        "sample_rate": mechanism.sample_rate,
+        "expected_batch_size": mechanism.expected_batch_size,
+        "clipping_norm": mechanism.clipping_norm,
+        "num_steps": state.step,
+        "seeded": run.streams.seeded,
+        "views_per_second": run.views_per_second(state),
+        "peak_memory_bytes": _peak_memory(),
+        "wall_time_seconds": state.wall_seconds,
+        "train_seconds": state.train_seconds,
+        "finished_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        **environment(),
+    }
+
+
+def _peak_memory() -> int:
+    """Returns the most bytes held: on the GPU if there is one, else by the process."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated() > 0:
+        return torch.cuda.max_memory_allocated()
+    kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kibibytes * (1 if sys.platform == "darwin" else 1024)

@@ -1,0 +1,309 @@
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from small_runs import (
+    ROOT,
+    command,
+    dpsgd_train,
+    read_lines,
+    without_times,
+    write_config,
+)
+
+import dpsgd.train
+
+SGD = {"optimizer.momentum": 0.9, "train.num_steps": 10, "eval.every": 3}
+ADAMW = {
+    "optimizer.name": "adamw",
+    "optimizer.learning_rate": 0.01,
+    "optimizer.schedule": "cosine",
+    "optimizer.warmup_steps": 2,
+    "train.num_steps": 10,
+    "eval.every": 4,
+    "report.unprotected_metrics": True,
+}
+NO_AVERAGE = {"ema.decay": None, "train.num_steps": 10}
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, step: int, number: int) -> None:
+    """Makes a real signal arrive in the middle of one step."""
+    take_step = dpsgd.train.train_step
+
+    def interrupted(run: Any, state: Any) -> Any:
+        passes = take_step(run, state)
+        if state.step == step:
+            os.kill(os.getpid(), number)
+        return passes
+
+    monkeypatch.setattr(dpsgd.train, "train_step", interrupted)
+
+
+def assert_same_run(one: Path, two: Path) -> None:
+    """Asserts equal weights, bit for bit, best weights, and evaluations."""
+    name = "model.safetensors"
+    assert (one / name).read_bytes() == (two / name).read_bytes()
+    best = [
+        load_file(run / "checkpoints" / "best.safetensors", "cpu") for run in (one, two)
+    ]
+    assert best[0].keys() == best[1].keys()
+    assert all(torch.equal(leaf, best[1][key]) for key, leaf in best[0].items())
+    lines = [
+        [without_times(line) for line in read_lines(run / "metrics.jsonl")]
+        for run in (one, two)
+    ]
+    assert lines[0] == lines[1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "stop"),
+    [(SGD, 4), (SGD, 6), (ADAMW, 3), (NO_AVERAGE, 5)],
+    ids=["sgd", "sgd_at_an_evaluation", "adamw", "no_average"],
+)
+def test_resumed_run_is_bit_identical(
+    tmp_path: Path, changes: dict[str, Any], stop: int
+) -> None:
+    config = write_config(tmp_path, changes)
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    assert dpsgd_train(config, "--run-dir", straight) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(patch, stop, signal.SIGTERM)
+        assert dpsgd_train(config, "--run-dir", broken) == 143
+    assert not (broken / "model.safetensors").exists()
+    assert dpsgd_train("--resume", broken) == 0
+
+    assert_same_run(straight, broken)
+    steps = [
+        line["step"]
+        for line in read_lines(broken / "metrics.jsonl")
+        if "unprotected" not in line
+    ]
+    assert len(steps) == len(set(steps)) > 1
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)]
+)
+def test_a_signal_leaves_a_checkpoint_and_its_own_exit_code(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    number: int,
+    code: int,
+) -> None:
+    config = write_config(tmp_path, {"runtime.checkpoint_every": 100})
+    before = signal.getsignal(number)
+    stop_after(monkeypatch, 3, number)
+
+    assert dpsgd_train(config, "--run-dir", tmp_path / "run") == code
+    assert (tmp_path / "run/checkpoints/step-00000003.safetensors").exists()
+    shown = capsys.readouterr().out
+    assert "stopped after step 3, checkpoint written" in shown
+    assert f"bin/dpsgd-train --resume {tmp_path / 'run'}" in shown
+    assert signal.getsignal(number) == before
+
+
+def test_ctrl_c_before_training_is_told_without_a_traceback(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dpsgd.cli.train.assemble", interrupt)
+
+    assert dpsgd_train(write_config(tmp_path), "--run-dir", tmp_path / "run") == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def wait_for(process: "subprocess.Popen[str]", ready: Callable[[], bool]) -> None:
+    """Waits until something is there, or the process has ended."""
+    while process.poll() is None and not ready():
+        time.sleep(0.002)
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_any_moment_ends_bit_identical(tmp_path: Path) -> None:
+    changes = {
+        "train.num_steps": 40,
+        "eval.every": 5,
+        "privacy.expected_batch_size": 32,
+        "optimizer.momentum": 0.9,
+    }
+    config = write_config(tmp_path, changes)
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    assert dpsgd_train(config, "--run-dir", straight) == 0
+    rng = random.Random(time.time_ns())
+    checkpoints = broken / "checkpoints"
+
+    def newest() -> int:
+        return max((int(p.stem[5:]) for p in checkpoints.glob("step-*rs")), default=0)
+
+    arguments = [config, "--run-dir", str(broken)]
+    killed = 0
+    for _ in range(3):
+        reached = newest()
+        train = [sys.executable, str(ROOT / "bin/dpsgd-train"), *arguments]
+        with subprocess.Popen(train, stdout=subprocess.DEVNULL, text=True) as process:
+            wait_for(process, lambda reached=reached: newest() > reached)
+            time.sleep(rng.uniform(0, 0.3))
+            killed += process.poll() is None
+            process.kill()
+        arguments = ["--resume", str(broken)]
+    done = command("dpsgd-train", *arguments)
+
+    assert done.returncode == 0, done.stderr
+    assert killed >= 1
+    assert_same_run(straight, broken)
+    steps = [line["step"] for line in read_lines(broken / "metrics.jsonl")]
+    assert steps == list(range(5, 41, 5))
+
+
+def write_folder(root: Path, num_images: int) -> str:
+    """Writes random grey images of two classes as an image folder."""
+    rng = random.Random(len(str(root)))
+    for index in range(num_images):
+        folder = root / f"class{index % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        image = Image.frombytes("L", (8, 8), rng.randbytes(64))
+        image.save(folder / f"{index:03d}.png")
+    return str(root)
+
+
+@pytest.fixture
+def stopped(tmp_path: Path) -> Path:
+    """A run on image folders, stopped after two of four steps; its folder."""
+    changes = {
+        "data.source": "image_folder",
+        "data.train": write_folder(tmp_path / "train", 40),
+        "data.test": write_folder(tmp_path / "test", 10),
+        "data.num_examples": 40,
+        "privacy.delta": 1e-3,
+    }
+    config = write_config(tmp_path, changes)
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(patch, 2, signal.SIGTERM)
+        assert dpsgd_train(config, "--run-dir", tmp_path / "run") == 143
+    return tmp_path / "run"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("privacy.noise_multiplier=2", "privacy.noise_multiplier=2.0: the checkpoint"),
+        ("privacy.expected_batch_size=8", "privacy.expected_batch_size=8.0: the"),
+        ("privacy.clipping_norm=2", "privacy.clipping_norm=2.0: the checkpoint has 1"),
+        ("privacy.max_epsilon=9", "privacy.max_epsilon=9.0: the checkpoint has null"),
+        ("model.width=2", "model.width=2: the checkpoint has 1"),
+        ("train.seed=8", "train.seed=8: the checkpoint has 7"),
+        ("train.num_steps=5", "train.num_steps=5: the checkpoint has 4"),
+        ("data.num_examples=50", "data.num_examples=50: the checkpoint has 40"),
+        ("optimizer.learning_rate=2", "optimizer.learning_rate=2.0: the checkpoint"),
+    ],
+)
+def test_another_run_is_refused(
+    stopped: Path, capsys: pytest.CaptureFixture[str], override: str, told: str
+) -> None:
+    before = contents(stopped)
+    capsys.readouterr()
+
+    assert dpsgd_train("--resume", stopped, "--set", override) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(told)
+    assert line.endswith("go on with what the run began with, or start a new one")
+    assert contents(stopped) == before
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_other_pixels_are_refused(
+    stopped: Path, capsys: pytest.CaptureFixture[str], split: str
+) -> None:
+    before = contents(stopped)
+    path = stopped.parent / split / "class0" / "000.png"
+    with Image.open(path) as image:
+        image.putpixel((3, 3), image.getpixel((3, 3)) ^ 1)
+        image.save(path)
+    capsys.readouterr()
+
+    assert dpsgd_train("--resume", stopped) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"data_fingerprint.{split}=")
+    assert contents(stopped) == before
+
+
+def test_data_may_move_and_runtime_may_change(stopped: Path) -> None:
+    moved = stopped.parent / "moved"
+    (stopped.parent / "train").rename(moved)
+
+    changes = [f"data.train={moved}", "runtime.microbatch_size=5", "eval.every=1"]
+    overrides = [word for change in changes for word in ("--set", change)]
+    assert dpsgd_train("--resume", stopped, *overrides) == 0
+
+
+def test_damaged_newest_checkpoint_is_named_and_an_older_one_serves(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_config(tmp_path)
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    assert dpsgd_train(config, "--run-dir", straight) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(patch, 3, signal.SIGTERM)
+        assert dpsgd_train(config, "--run-dir", broken) == 143
+    newest = broken / "checkpoints" / "step-00000003.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-100])
+    before = contents(broken)
+    capsys.readouterr()
+
+    assert dpsgd_train("--resume", broken) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"checkpoint={newest}: is missing or damaged (")
+    assert line.endswith("delete it to go on from an older one, if there is one")
+    assert contents(broken) == before
+
+    newest.unlink()
+    assert dpsgd_train("--resume", broken) == 0
+    assert_same_run(straight, broken)
+
+
+def test_a_finished_run_changes_nothing_and_says_its_result(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert dpsgd_train(write_config(tmp_path), "--run-dir", run) == 0
+    before = contents(run)
+    first = capsys.readouterr().out.split("Accuracy by class")[1]
+
+    assert dpsgd_train("--resume", run) == 0
+    after = contents(run)
+    assert capsys.readouterr().out.split("Accuracy by class")[1] == first
+    assert before.pop("report.json") != after.pop("report.json")  # written anew
+    assert after == before
+
+
+def test_resuming_without_a_run_or_checkpoint_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert dpsgd_train("--resume", tmp_path / "nothing") == 2
+    assert "holds no run (config.yaml is missing)" in capsys.readouterr().err
+    (tmp_path / "config.yaml").write_text(Path(write_config(tmp_path)).read_text())
+    assert dpsgd_train("--resume", tmp_path) == 2
+    assert f"--resume={tmp_path}: holds no checkpoint" in capsys.readouterr().err
