@@ -18,6 +18,12 @@ CIFAR = 4096 / 50000
 PRV = PRVAccountant()
 
 
+@pytest.fixture(autouse=True)
+def forgotten():
+    """Lets no test see the answers of another, given at another precision."""
+    PRV._answers.clear()
+
+
 # The exact epsilons of test_estimator and, last, of settings beyond its reach.
 @pytest.mark.parametrize(
     ("q", "sigma", "steps", "delta", "epsilon", "width"),

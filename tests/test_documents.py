@@ -1,0 +1,89 @@
+import re
+from pathlib import Path
+
+import pytest
+from small_runs import ROOT
+
+from dpsgd.config import load_config
+
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PATHS = re.compile(r"\b(?:bin|configs|examples|docs|dpsgd|benchmarks)/[\w./-]*\w")
+TARGETS = re.compile(r"\bmake ((?:[a-z-]+)(?:[ \t]+[a-z-]+)*)")
+
+
+def code_of(text: str) -> str:
+    """What a document shows as code: blocks and spans."""
+    blocks = re.findall(r"```.*?```", text, re.DOTALL)
+    rest = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    return "\n".join([*blocks, *re.findall(r"`[^`]+`", rest)])
+
+
+@pytest.fixture(params=DOCUMENTS, ids=lambda path: path.name)
+def code(request: pytest.FixtureRequest) -> str:
+    return code_of(Path(request.param).read_text())
+
+
+def test_files_that_documents_name_exist(code: str) -> None:
+    named = set(PATHS.findall(code))
+
+    assert not [name for name in named if not (ROOT / name).exists()]
+
+
+def test_make_targets_that_documents_name_exist(code: str) -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    known = set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
+    named = {word for words in TARGETS.findall(code) for word in words.split()}
+
+    assert {"setup", "train", "test"} <= known
+    assert not named - known
+
+
+def test_the_readme_leads_with_the_two_commands() -> None:
+    code = code_of((ROOT / "README.md").read_text())
+
+    assert "make train" in code
+    assert "make test" in code
+
+
+def test_the_patterns_find_what_they_should() -> None:
+    code = code_of("run `make train`:\n```\nbin/dpsgd-train configs/a.yaml --plan\n```")
+
+    assert PATHS.findall(code) == ["bin/dpsgd-train", "configs/a.yaml"]
+    assert TARGETS.findall(code) == ["train"]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_loads_and_its_header_says_how_to_run_it(path: Path) -> None:
+    text = path.read_text()
+    header = text[: text.index("\ndata:")]
+    config = load_config(path)
+
+    assert all(line.startswith("#") for line in header.splitlines())
+    assert f"bin/dpsgd-train configs/{path.name}" in header
+    if config.data.name == "cifar10":
+        assert "arXiv:2204.13650" in header
+        assert "Expected:" in header
+
+
+def test_every_cifar10_setting_of_the_paper_is_shipped() -> None:
+    names = {path.stem for path in CONFIGS}
+
+    assert names >= {
+        f"cifar10_wrn{network}_eps{epsilon}"
+        for network in ("16-4", "40-4")
+        for epsilon in (1, 2, 3, 4, 6, 8)
+    }
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_the_name_of_a_config_tells_its_settings(path: Path) -> None:
+    found = re.fullmatch(r"cifar10_wrn(\d+)-(\d+)_eps(\d+)", path.stem)
+    config = load_config(path)
+
+    if found:
+        depth, width, epsilon = map(int, found.groups())
+        assert (config.model.depth, config.model.width) == (depth, width)
+        assert config.privacy.target_epsilon == epsilon
+    else:
+        assert path.stem == config.data.source
