@@ -5,6 +5,8 @@ The norms are the other pass: two reads of the per-sample gradients in all.
 
 from torch import Tensor
 
+from dpsgd.kernels.dispatch import runs_on_triton
+
 try:
     import triton
     import triton.language as tl
@@ -15,6 +17,7 @@ __all__ = ["clip_accumulate_", "clip_accumulate_reference_", "clip_accumulate_tr
 
 _COLUMNS = 256
 _ROWS = 16
+_PROGRAMS = 1024
 
 
 def clip_accumulate_(
@@ -33,7 +36,7 @@ def clip_accumulate_(
     """
     assert total.is_contiguous()
     assert per_sample_grads.is_contiguous()
-    if per_sample_grads.is_cuda and triton is not None:
+    if runs_on_triton(per_sample_grads):
         clip_accumulate_triton_(total, per_sample_grads, clip_factors)
     else:
         clip_accumulate_reference_(total, per_sample_grads, clip_factors)
@@ -57,9 +60,11 @@ def clip_accumulate_triton_(
     rows, columns = per_sample_grads.shape[0], total.numel()
     if rows == 0 or columns == 0:
         return
-    grid = (triton.cdiv(columns, _COLUMNS),)
+    # Enough programs to fill a GPU, but whole cache lines of 32 floats each.
+    block = min(_COLUMNS, max(32, triton.next_power_of_2(columns // _PROGRAMS)))
+    grid = (triton.cdiv(columns, block),)
     _clip_accumulate_kernel[grid](
-        total, per_sample_grads, clip_factors, rows, columns, ROWS=_ROWS, COLS=_COLUMNS
+        total, per_sample_grads, clip_factors, rows, columns, ROWS=_ROWS, COLS=block
     )
 
 

@@ -17,6 +17,8 @@ import math
 import torch
 from torch import Tensor
 
+from dpsgd.kernels.dispatch import runs_on_triton
+
 try:
     import triton
     import triton.language as tl
@@ -63,7 +65,7 @@ def add_gaussian_noise_(total: Tensor, *, std: float, key: int, leaf: int) -> No
             f"total={total.dtype}: noise is added to contiguous float32 sums; "
             "convert the sum first"
         )
-    if total.is_cuda and triton is not None:
+    if runs_on_triton(total):
         add_gaussian_noise_triton_(total, std=std, key=key, leaf=leaf)
     else:
         add_gaussian_noise_reference_(total, std=std, key=key, leaf=leaf)

@@ -14,18 +14,17 @@ from scipy.special import ndtr, ndtri
 from torch import Tensor, nn
 
 from dpsgd.config import ModelConfig
+from dpsgd.kernels import relu_group_norm, standardized_conv2d
 
 __all__ = [
+    "ActivationNorm",
     "Conv2d",
-    "GroupNorm",
     "Layer",
     "Linear",
     "activation_and_norm",
     "initialize",
-    "standardize_weight",
 ]
 
-_STANDARDIZATION_EPS = 1e-4
 _GROUP_NORM_EPS = 1e-5
 _TRUNCATION = 2.0
 # Standard deviation of a unit normal truncated to +-2, by which haiku's initialisers
@@ -61,28 +60,6 @@ def initialize(model: nn.Module, rng: np.random.Generator) -> None:
             )
 
 
-def standardize_weight(weight: Tensor, gain: Tensor) -> Tensor:
-    r"""Returns weights with zero mean and variance gain^2 / fan_in a output channel.
-
-    $\hat W = (W - \mu) \cdot g \cdot (\max(\sigma^2 \cdot \mathrm{fan\_in},
-    10^{-4}))^{-1/2}$ with mean and biased variance over each output channel.
-
-    Args:
-        weight: (O, I, KH, KW) weights.
-        gain: (O,) learnable scale.
-
-    Returns:
-        (O, I, KH, KW) standardised weights.
-
-    Source: Qiao et al. 2019 (arXiv:1903.10520); scaled by fan-in and with a gain as in
-    Brock et al. 2021 (arXiv:2101.08692).
-    """
-    fan_in = math.prod(weight.shape[1:])
-    variance, mean = torch.var_mean(weight, dim=(1, 2, 3), correction=0, keepdim=True)
-    scale = torch.rsqrt(torch.clamp(variance * fan_in, min=_STANDARDIZATION_EPS))
-    return (weight - mean) * (scale * gain.view(-1, 1, 1, 1))  # (O, I, KH, KW)
-
-
 class Conv2d(Layer):
     """Convolution with bias, half-kernel padding and, on request, standardised weights.
 
@@ -108,7 +85,8 @@ class Conv2d(Layer):
         super().__init__()
         self.stride = stride
         self.padding = kernel_size // 2
-        shape = (out_channels, in_channels, kernel_size, kernel_size)
+        # Input channels last: the layout of the fastest per-sample gradients.
+        shape = (out_channels, kernel_size, kernel_size, in_channels)
         self.weight = nn.Parameter(torch.empty(shape))
         self.bias = nn.Parameter(torch.empty(out_channels))
         self.register_parameter(
@@ -125,31 +103,39 @@ class Conv2d(Layer):
             if self.gain is not None:
                 self.gain.fill_(1.0)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps (K, I, H, W) to (K, O, H/stride, W/stride), in the type of `x`."""
-        weight: Tensor = self.weight
-        if self.gain is not None:
-            weight = standardize_weight(weight, self.gain)
-        return F.conv2d(
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Maps (K, I, H, W) to (K, O, H/stride, W/stride), in the type of `x`.
+
+        Args:
+            x: Images.
+            residual: Added to the result.
+        """
+        return standardized_conv2d(
             x,
-            weight.to(x.dtype),
-            self.bias.to(x.dtype),
+            self.weight,
+            self.gain,
+            self.bias,
             stride=self.stride,
             padding=self.padding,
+            residual=residual,
         )
 
 
-class GroupNorm(Layer):
-    """Group normalisation with statistics in float32 or wider (Wu and He 2018).
+class ActivationNorm(Layer):
+    """ReLU and group normalisation (Wu and He 2018), statistics in float32 or wider.
 
     Args:
         num_channels: C.
         num_groups: Groups that share mean and variance; divides `num_channels`.
+        activation_first: Whether ReLU comes before the normalisation.
     """
 
-    def __init__(self, num_channels: int, *, num_groups: int) -> None:
+    def __init__(
+        self, num_channels: int, *, num_groups: int, activation_first: bool
+    ) -> None:
         super().__init__()
         self.num_groups = num_groups
+        self.activation_first = activation_first
         self.weight = nn.Parameter(torch.empty(num_channels))
         self.bias = nn.Parameter(torch.empty(num_channels))
 
@@ -161,16 +147,19 @@ class GroupNorm(Layer):
             self.bias.zero_()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalises (K, C, H, W), each image by itself."""
+        """Maps (K, C, H, W) to the same shape, each image by itself."""
+        if self.activation_first:
+            return relu_group_norm(
+                x,
+                self.weight,
+                self.bias,
+                num_groups=self.num_groups,
+                eps=_GROUP_NORM_EPS,
+            )
         wide = torch.promote_types(x.dtype, torch.float32)
-        normalized = F.group_norm(
-            x.to(wide),
-            self.num_groups,
-            self.weight.to(wide),
-            self.bias.to(wide),
-            _GROUP_NORM_EPS,
-        )
-        return normalized.to(x.dtype)
+        scale, shift = self.weight.to(wide), self.bias.to(wide)
+        y = F.group_norm(x.to(wide), self.num_groups, scale, shift, _GROUP_NORM_EPS)
+        return F.relu(y).to(x.dtype)
 
 
 class Linear(Layer):
@@ -209,7 +198,8 @@ def activation_and_norm(channels: int, config: ModelConfig) -> nn.Module:
     """
     if config.normalization == "none":
         return nn.ReLU()
-    norm = GroupNorm(channels, num_groups=config.groups)
-    if config.order == "activation_norm":
-        return nn.Sequential(nn.ReLU(), norm)
-    return nn.Sequential(norm, nn.ReLU())
+    return ActivationNorm(
+        channels,
+        num_groups=config.groups,
+        activation_first=config.order == "activation_norm",
+    )

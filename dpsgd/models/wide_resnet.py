@@ -60,12 +60,12 @@ class Block(nn.Module):
             activate(in_channels),
             conv(in_channels, out_channels, kernel_size=3, stride=stride),
             activate(out_channels),
-            conv(out_channels, out_channels, kernel_size=3),
         )
+        self.last = conv(out_channels, out_channels, kernel_size=3)
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (K, I, H, W) to (K, O, H/stride, W/stride)."""
-        return self.shortcut(x) + self.residual(x)  # type: ignore[no-any-return]
+        return self.last(self.residual(x), self.shortcut(x))  # type: ignore[no-any-return]
 
 
 class WideResNet(nn.Module):

@@ -8,8 +8,9 @@ import torch
 from scipy import stats
 from torch import nn
 
+from dpsgd.kernels.standardized_conv import standardized_weight
 from dpsgd.models import initialize
-from dpsgd.models.layers import Conv2d, GroupNorm, Linear, standardize_weight
+from dpsgd.models.layers import ActivationNorm, Conv2d, Linear
 from dpsgd.rng import RandomStreams
 
 
@@ -27,9 +28,19 @@ def random(*shape: int) -> torch.Tensor:
     return torch.from_numpy(values)
 
 
+def standardize(weight: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
+    """What a layer convolves with: (O, KH, KW, I), like its parameter."""
+    return standardized_weight(weight)[0] * gain.view(-1, 1, 1, 1)
+
+
+def norm(num_channels: int, num_groups: int) -> ActivationNorm:
+    """A norm before its activation, so that the formula can be seen."""
+    return ActivationNorm(num_channels, num_groups=num_groups, activation_first=False)
+
+
 def test_standardised_weight_is_the_formula() -> None:
     weight, gain = random(4, 3, 5, 5) + 0.3, random(4)
-    result = standardize_weight(weight, gain)
+    result = standardize(weight, gain)
 
     for channel in range(4):
         entries = weight[channel].flatten().tolist()
@@ -41,7 +52,7 @@ def test_standardised_weight_is_the_formula() -> None:
 
 def test_standardised_weight_has_mean_0_and_variance_gain_squared_over_fan_in() -> None:
     gain = torch.tensor([1.0, 2.0, 0.0, -3.0]).double()
-    result = standardize_weight(random(4, 8, 3, 3) * 5 + 2, gain)
+    result = standardize(random(4, 8, 3, 3) * 5 + 2, gain)
     variance, mean = torch.var_mean(result, dim=(1, 2, 3), correction=0)
 
     torch.testing.assert_close(mean, torch.zeros(4).double(), rtol=0, atol=1e-14)
@@ -50,12 +61,12 @@ def test_standardised_weight_has_mean_0_and_variance_gain_squared_over_fan_in() 
 
 def test_standardisation_clamps_a_tiny_variance() -> None:
     weight = 1e-4 * random(2, 3, 3, 3)
-    result = standardize_weight(weight, torch.ones(2).double())
+    result = standardize(weight, torch.ones(2).double())
     centred = weight - weight.mean((1, 2, 3), keepdim=True)
 
     # variance * fan_in is about 3e-7, below the clamp at 1e-4.
     torch.testing.assert_close(result, centred * 100, rtol=1e-12, atol=0)
-    constant = standardize_weight(torch.ones(2, 3, 3, 3), torch.ones(2))
+    constant = standardize(torch.ones(2, 3, 3, 3), torch.ones(2))
     assert not constant.any()
 
 
@@ -65,7 +76,7 @@ def test_convolution_is_torchs_with_standardised_weights() -> None:
         layer.gain.copy_(random(4))
         layer.bias.copy_(random(4))
     x = random(2, 3, 7, 7)
-    weight = standardize_weight(layer.weight, layer.gain)
+    weight = standardize(layer.weight, layer.gain).permute(0, 3, 1, 2)
     expected = nn.functional.conv2d(x, weight, layer.bias, stride=2, padding=1)
 
     assert torch.equal(layer(x), expected)
@@ -78,11 +89,12 @@ def test_convolution_without_standardisation_has_no_gain() -> None:
 
     assert layer.gain is None
     assert [name for name, _ in layer.named_parameters()] == ["weight", "bias"]
-    assert torch.equal(layer(x), nn.functional.conv2d(x, layer.weight, layer.bias))
+    weight = layer.weight.permute(0, 3, 1, 2)
+    assert torch.equal(layer(x), nn.functional.conv2d(x, weight, layer.bias))
 
 
 def test_group_norm_is_the_formula() -> None:
-    layer = drawn(GroupNorm(6, num_groups=3)).double()
+    layer = drawn(norm(6, 3)).double()
     with torch.no_grad():
         layer.weight.copy_(random(6))
         layer.bias.copy_(random(6) + 1)
@@ -92,11 +104,27 @@ def test_group_norm_is_the_formula() -> None:
     unit = ((grouped - mean) / (variance + 1e-5).sqrt()).view(x.shape)
     expected = unit * layer.weight.view(-1, 1, 1) + layer.bias.view(-1, 1, 1)
 
+    torch.testing.assert_close(layer(x), expected.relu(), rtol=1e-10, atol=1e-10)
+
+
+def test_activation_comes_first_in_the_papers_order() -> None:
+    layer = drawn(ActivationNorm(6, num_groups=3, activation_first=True)).double()
+    x = random(2, 6, 4, 4)
+    expected = nn.functional.group_norm(x.relu(), 3, eps=1e-5)
+
     torch.testing.assert_close(layer(x), expected, rtol=1e-10, atol=1e-10)
+    assert (layer(x) < 0).any()
+
+
+def test_a_residual_is_added_to_the_convolution() -> None:
+    layer = drawn(Conv2d(3, 4, kernel_size=3)).double()
+    x, residual = random(2, 3, 5, 5), random(2, 4, 5, 5)
+
+    assert torch.equal(layer(x, residual), layer(x) + residual)
 
 
 def test_group_norm_takes_its_statistics_in_float32() -> None:
-    layer = drawn(GroupNorm(2, num_groups=1))
+    layer = drawn(norm(2, 1))
     with torch.no_grad():
         layer.weight.copy_(torch.tensor([1.003, 0.997]))  # not bfloat16 numbers
         layer.bias.copy_(torch.tensor([0.5009, -0.2503]))
@@ -132,7 +160,7 @@ def test_classifier_is_drawn_from_a_truncated_normal() -> None:
 
 
 def test_group_norm_starts_as_the_identity() -> None:
-    layer = drawn(GroupNorm(4, num_groups=2))
+    layer = drawn(norm(4, 2))
 
     assert (layer.weight == 1).all()
     assert not layer.bias.any()

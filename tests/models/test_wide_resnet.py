@@ -15,7 +15,7 @@ from dpsgd.models import (
     per_example_loss,
     trainable_params,
 )
-from dpsgd.models.layers import Conv2d, GroupNorm, Linear, standardize_weight
+from dpsgd.models.layers import ActivationNorm, Conv2d, Linear
 from dpsgd.rng import RandomStreams
 from dpsgd.trees import num_elements
 
@@ -51,7 +51,11 @@ def by_the_recipe(params: dict[str, Tensor], x: Tensor, *, blocks: int) -> Tenso
     """The Wide-ResNet written out with torch's functions."""
 
     def conv(name: str, x: Tensor, stride: int = 1) -> Tensor:
-        weight = standardize_weight(params[f"{name}.weight"], params[f"{name}.gain"])
+        weight = params[f"{name}.weight"].permute(0, 3, 1, 2)  # (O, I, KH, KW)
+        variance, mean = torch.var_mean(weight, (1, 2, 3), correction=0, keepdim=True)
+        squared_norm = variance * weight[0].numel()
+        gain = params[f"{name}.gain"].view(-1, 1, 1, 1)
+        weight = (weight - mean) * gain * squared_norm.clamp(min=1e-4).rsqrt()
         bias = params[f"{name}.bias"]
         padding = weight.shape[-1] // 2
         return F.conv2d(x, weight, bias, stride=stride, padding=padding)
@@ -65,15 +69,15 @@ def by_the_recipe(params: dict[str, Tensor], x: Tensor, *, blocks: int) -> Tenso
         for index in range(blocks):
             block = f"stages.{stage}.{index}"
             stride = stage_stride if index == 0 else 1
-            out = norm(f"{block}.residual.0.1", x)
+            out = norm(f"{block}.residual.0", x)
             out = conv(f"{block}.residual.1", out, stride)
-            out = norm(f"{block}.residual.2.1", out)
-            out = conv(f"{block}.residual.3", out)
+            out = norm(f"{block}.residual.2", out)
+            out = conv(f"{block}.last", out)
             if index == 0:
-                x = norm(f"{block}.shortcut.0.1", x)
+                x = norm(f"{block}.shortcut.0", x)
                 x = conv(f"{block}.shortcut.1", x, stride)
             x = x + out
-    x = norm("head_activation.1", x).mean((2, 3))
+    x = norm("head_activation", x).mean((2, 3))
     return F.linear(x, params["classifier.weight"], params["classifier.bias"])
 
 
@@ -99,10 +103,10 @@ def test_layers_run_in_the_papers_order(tiny_network: Network) -> None:
                 lambda module, *_: order.append(type(module).__name__)
             )
     model(images(1, 3, 8, 8))
-    activated = ["ReLU", "GroupNorm"]
-    block = [*activated, "Conv2d"] * 3  # projection, and twice in the residual
+    residual = ["ActivationNorm", "Conv2d", "ActivationNorm"]
+    block = [*residual, *("ActivationNorm", "Conv2d"), "Conv2d"]  # projection, last
 
-    assert order == ["Conv2d", *block * 3, *activated, "Linear"]
+    assert order == ["Conv2d", *block * 3, "ActivationNorm", "Linear"]
 
 
 def test_only_the_first_block_of_each_stage_projects(tiny_network: Network) -> None:
@@ -111,7 +115,7 @@ def test_only_the_first_block_of_each_stage_projects(tiny_network: Network) -> N
     for stage in model.stages:
         first, *others = stage
         assert isinstance(first.shortcut[1], Conv2d)
-        assert first.shortcut[1].weight.shape[-2:] == (1, 1)
+        assert first.shortcut[1].weight.shape[1:3] == (1, 1)
         assert len(others) == 2
         assert all(isinstance(block.shortcut, nn.Identity) for block in others)
 
@@ -120,10 +124,10 @@ def test_settings_replace_or_remove_layers(tiny_network: Network) -> None:
     plain = tiny_network(normalization="none", weight_standardization=False)
     swapped = tiny_network(order="norm_activation")
 
-    assert not [layer for layer in plain.modules() if isinstance(layer, GroupNorm)]
+    norms = [one for one in plain.modules() if isinstance(one, ActivationNorm)]
+    assert not norms
     assert not [name for name, _ in plain.named_parameters() if "gain" in name]
-    kinds = [type(layer) for layer in swapped.head_activation]
-    assert kinds == [GroupNorm, nn.ReLU]
+    assert not swapped.head_activation.activation_first
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (1, 28, 28), (3, 8, 8), (3, 32, 32)])
@@ -157,7 +161,7 @@ def test_compute_type_is_that_of_activations_only(
 ) -> None:
     model, seen = tiny_network(compute_dtype=compute_dtype), set()
     for layer in model.modules():
-        if isinstance(layer, Conv2d | GroupNorm):
+        if isinstance(layer, Conv2d | ActivationNorm):
             layer.register_forward_hook(lambda *args: seen.add(args[-1].dtype))
     head = []
     model.classifier.register_forward_hook(lambda *args: head.append(args[1][0].dtype))
@@ -197,7 +201,7 @@ def test_initialisation_follows_from_the_generator_alone(tiny_network: Network) 
 def test_every_layer_draws_other_values(tiny_network: Network) -> None:
     params = trainable_params(tiny_network())
     first = params["stages.0.0.residual.1.weight"]
-    second = params["stages.0.0.residual.3.weight"]
+    second = params["stages.0.0.last.weight"]
 
     assert first.shape == second.shape
     assert not torch.equal(first, second)

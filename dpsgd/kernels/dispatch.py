@@ -1,0 +1,31 @@
+"""Which implementation of an operator runs, and what its vmap rule takes."""
+
+import importlib.util
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["require_unbatched", "runs_on_triton"]
+
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+def runs_on_triton(tensor: Tensor) -> bool:
+    """Returns whether the Triton kernel takes this tensor, or else the reference.
+
+    Kernels take what lies on CUDA. torch.compile is given the reference, which it
+    fuses by itself.
+    """
+    return tensor.is_cuda and _HAS_TRITON and not torch.compiler.is_compiling()
+
+
+def require_unbatched(operator: str, in_dims: tuple[Any, ...]) -> None:
+    """Raises ValueError where vmap maps over parameters, for which there is no rule.
+
+    Args:
+        operator: Its name.
+        in_dims: What vmap says of the arguments that must not be mapped over.
+    """
+    if any(dim is not None for dim in in_dims if not isinstance(dim, tuple)):
+        raise ValueError(f"{operator}: vmap may map over images, not over parameters")
