@@ -183,13 +183,20 @@ def _check_labels(splits: DataSplits, num_classes: int) -> None:
 def _gradient_engine(config: Config, plan: Plan, model: nn.Module) -> ClippedGrad:
     """Returns "Compute gradient" and "Clip gradient" for the network."""
     on_gpu = plan.device.type == "cuda"
-    compiled = on_gpu if config.runtime.compile == "auto" else config.runtime.compile
+    execution = config.runtime.execution
+    if execution == "auto":
+        execution = "cuda_graph" if on_gpu else "eager"
+    if execution == "cuda_graph" and not on_gpu:
+        rule = f"needs a CUDA device, and the run is on {plan.device}"
+        raise ConfigError(fault("runtime.execution", execution, rule, "take auto"))
+    # Shapes are fixed, so the search for the fastest convolution pays at once.
+    torch.backends.cudnn.benchmark = on_gpu
     return clipped_grad(
         per_example_loss(model),
         clipping_norm=plan.mechanism.clipping_norm,
         rescale_to_unit_norm=plan.mechanism.rescale_to_unit_norm,
         microbatch_size=plan.microbatch_size,
-        compiled=compiled,
+        execution=execution,
     )
 
 

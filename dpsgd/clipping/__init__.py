@@ -8,11 +8,17 @@ from dpsgd.clipping.base import (
     clip_factors,
 )
 from dpsgd.clipping.memory import MicrobatchMemory, measure_microbatch
-from dpsgd.clipping.vmap import VmapClippedGrad, per_sample_grads, per_sample_norms
+from dpsgd.clipping.vmap import (
+    Execution,
+    VmapClippedGrad,
+    per_sample_grads,
+    per_sample_norms,
+)
 
 __all__ = [
     "ClippedGrad",
     "ClippedGrads",
+    "Execution",
     "LossFn",
     "MicrobatchMemory",
     "PassStatistics",
@@ -30,7 +36,7 @@ def clipped_grad(
     clipping_norm: float,
     rescale_to_unit_norm: bool = False,
     microbatch_size: int | None = None,
-    compiled: bool = False,
+    execution: Execution = "eager",
 ) -> ClippedGrad:
     r"""Returns a function that sums clipped per-example gradients of `loss_fn`.
 
@@ -45,7 +51,8 @@ def clipped_grad(
         clipping_norm: Bound C on the L2 norm of one example's gradient, > 0.
         rescale_to_unit_norm: Divide clipped gradients by C; the sensitivity is then 1.
         microbatch_size: Examples a pass; None takes a batch in one. Memory only.
-        compiled: Use torch.compile; worth it for many passes of one size.
+        execution: `eager`, `compile` or `cuda_graph`; the latter two are worth it for
+            many passes of one size. Speed only.
 
     Returns:
         A callable `(params, *batch, mask=None) -> ClippedGrads` with the attribute
@@ -70,5 +77,5 @@ def clipped_grad(
         clipping_norm=clipping_norm,
         rescale_to_unit_norm=rescale_to_unit_norm,
         microbatch_size=microbatch_size,
-        compiled=compiled,
+        execution=execution,
     )

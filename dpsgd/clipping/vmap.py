@@ -1,7 +1,7 @@
 """The reference engine: torch.func.vmap over torch.func.grad, then clip and sum."""
 
 import warnings
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -9,14 +9,17 @@ from torch._dynamo.exc import TorchDynamoException
 from torch.func import grad_and_value, vmap
 
 from dpsgd.clipping.base import ClippedGrad, LossFn, PassStatistics, clip_factors
+from dpsgd.clipping.capture import CapturedFunction
 from dpsgd.kernels import clip_accumulate_
-from dpsgd.trees import Params
+from dpsgd.trees import Params, zeros_like
 
 # One long float32 sum loses up to 1e-3 of a large leaf's norm, always downwards, which
 # would let an example past the bound; a sum of short sums keeps 1e-7.
 _PIECE = 1024
 
-__all__ = ["VmapClippedGrad", "per_sample_grads", "per_sample_norms"]
+__all__ = ["Execution", "VmapClippedGrad", "per_sample_grads", "per_sample_norms"]
+
+Execution = Literal["eager", "compile", "cuda_graph"]
 
 
 def per_sample_grads(
@@ -75,56 +78,100 @@ class VmapClippedGrad(ClippedGrad):
     """Holds the per-sample gradients of one microbatch, and reads them twice.
 
     Args:
-        compiled: Compile gradients and norms with torch.compile, for a fixed
-            microbatch size; where that fails, warn and go on without. Speed only.
+        execution: `eager`; `compile` compiles gradients and norms with torch.compile;
+            `cuda_graph` records the whole pass once and replays it, on CUDA. The last
+            two want a fixed microbatch size, and where they fail, warn and go on
+            without. Speed only.
 
     The other arguments, the guarantees and the errors are those of `ClippedGrad`.
     """
 
     def __init__(
-        self, loss_fn: LossFn, *, compiled: bool = False, **bound: Any
+        self, loss_fn: LossFn, *, execution: Execution = "eager", **bound: Any
     ) -> None:
         super().__init__(loss_fn, **bound)
-        self._compiled = None
-        if compiled:
-            self._compiled = torch.compile(
-                _gradients_and_norms, fullgraph=True, dynamic=False
-            )
+        self.execution: Execution = execution
+        self._names: tuple[str, ...] = ()
+        self._recorded = CapturedFunction(self._recordable_pass)
+        self._compiled = torch.compile(
+            _gradients_and_norms, fullgraph=True, dynamic=False
+        )
 
     def accumulate(
         self, clipped_sum: Params, params: Params, *batch: Tensor, mask: Tensor
     ) -> PassStatistics:
         """Adds one microbatch's clipped gradients to `clipped_sum` in place."""
         with torch.no_grad():
-            grads, norms, losses = self._gradients_and_norms(params, *batch)
-            finite = torch.isfinite(norms)
-            factors = torch.where(mask, clip_factors(norms, self.clipping_norm), 0.0)
-            factors *= self.l2_sensitivity / self.clipping_norm
-            for name, total in clipped_sum.items():
-                clip_accumulate_(total, grads[name], factors)
-            return PassStatistics(
-                torch.where(mask, losses.float(), 0.0),
-                torch.where(mask, norms.float(), 0.0),
-                (mask & ~finite).sum(),
-                mask.sum(),
-            )
+            if self.execution == "cuda_graph" and mask.is_cuda:
+                try:
+                    return self._replay(clipped_sum, params, *batch, mask)
+                except torch.OutOfMemoryError:
+                    raise
+                except RuntimeError as error:
+                    self._go_on_eagerly(error)
+            return self._pass(clipped_sum, params, *batch, mask)
+
+    def _pass(
+        self, clipped_sum: Params, params: Params, *batch_and_mask: Tensor
+    ) -> PassStatistics:
+        """Takes the pass, operator by operator."""
+        *batch, mask = batch_and_mask
+        grads, norms, losses = self._gradients_and_norms(params, *batch)
+        finite = torch.isfinite(norms)
+        factors = torch.where(mask, clip_factors(norms, self.clipping_norm), 0.0)
+        factors *= self.l2_sensitivity / self.clipping_norm
+        for name, total in clipped_sum.items():
+            clip_accumulate_(total, grads[name], factors)
+        return PassStatistics(
+            torch.where(mask, losses.float(), 0.0),
+            torch.where(mask, norms.float(), 0.0),
+            (mask & ~finite).sum(),
+            mask.sum(),
+        )
+
+    def _replay(
+        self, clipped_sum: Params, params: Params, *batch_and_mask: Tensor
+    ) -> PassStatistics:
+        """Takes the pass from its recording, made anew when shapes change."""
+        self._names = tuple(params)
+        outputs = self._recorded(tuple(params.values()), batch_and_mask)
+        sums, statistics = outputs[: len(params)], outputs[len(params) :]
+        totals = [clipped_sum[name] for name in self._names]
+        torch._foreach_add_(totals, list(sums))
+        return PassStatistics(*(one.clone() for one in statistics))
+
+    def _recordable_pass(
+        self, leaves: tuple[Tensor, ...], batch_and_mask: tuple[Tensor, ...]
+    ) -> tuple[Tensor, ...]:
+        """Takes the pass into sums of its own."""
+        params = dict(zip(self._names, leaves, strict=True))
+        sums = zeros_like(params)
+        one = self._pass(sums, params, *batch_and_mask)
+        return (
+            *sums.values(),
+            *(one.losses, one.per_sample_norms, one.num_nonfinite, one.num_examples),
+        )
 
     def _gradients_and_norms(
         self, params: Params, *batch: Tensor
     ) -> tuple[Params, Tensor, Tensor]:
-        """Runs the compiled function if there is one that works, else the plain one."""
-        if self._compiled is not None:
+        """Runs the compiled function if it is wanted and works, else the plain one."""
+        if self.execution == "compile":
             try:
                 return self._compiled(self.loss_fn, params, *batch)
             except TorchDynamoException as error:
-                reason = str(error).splitlines()[0]
-                warnings.warn(
-                    f"runtime.compile=true: torch.compile failed ({reason}); "
-                    "going on without it, slower and with more memory",
-                    stacklevel=2,
-                )
-                self._compiled = None
+                self._go_on_eagerly(error)
         return _gradients_and_norms(self.loss_fn, params, *batch)
+
+    def _go_on_eagerly(self, error: Exception) -> None:
+        """Says that the wanted execution failed, and gives it up."""
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        warnings.warn(
+            f"runtime.execution={self.execution}: failed ({reason}); going on with "
+            "eager, slower and with more memory",
+            stacklevel=2,
+        )
+        self.execution = "eager"
 
 
 def _gradients_and_norms(

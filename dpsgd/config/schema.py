@@ -209,8 +209,9 @@ class RuntimeConfig:
     microbatch_size: PositiveInt | Literal["auto"] = "auto"
     """Examples a pass: memory only; the update never depends on it."""
 
-    compile: bool | Literal["auto"] = "auto"
-    """Compile the gradient pass with torch.compile; `auto` does so on CUDA."""
+    execution: Literal["auto", "eager", "compile", "cuda_graph"] = "auto"
+    """How the gradient pass runs: operator by operator, compiled with torch.compile, or
+    recorded once and replayed. `auto` replays on CUDA and is eager elsewhere."""
 
     checkpoint_every: PositiveInt = 100
     """Steps between checkpoints; every evaluation is preceded by one as well."""

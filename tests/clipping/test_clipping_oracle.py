@@ -316,7 +316,7 @@ def test_compiled_engine_equals_the_eager_one() -> None:
     x[3] = float("nan")
     bound = {"clipping_norm": 1.0, "microbatch_size": 2}
     eager = clipped_grad(linear_loss, **bound)(params, x, y)
-    compiled = clipped_grad(linear_loss, compiled=True, **bound)(params, x, y)
+    compiled = clipped_grad(linear_loss, execution="compile", **bound)(params, x, y)
 
     torch.testing.assert_close(compiled.clipped_sum, eager.clipped_sum)
     torch.testing.assert_close(

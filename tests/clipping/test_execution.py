@@ -1,0 +1,76 @@
+"""How a pass runs changes nothing but its speed."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.exc import TorchDynamoException
+
+from dpsgd.clipping import clipped_grad
+from dpsgd.clipping.capture import CapturedFunction
+from dpsgd.clipping.vmap import VmapClippedGrad
+from dpsgd.trees import Params, zeros_like
+
+
+def loss_fn(params: Params, x: Tensor, y: Tensor) -> Tensor:
+    return ((x @ params["w"] + params["b"]).tanh() - y).square().sum()
+
+
+def case(num_examples: int, device: str) -> tuple[Params, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(num_examples)
+    params = {"w": torch.randn(5, 3, generator=generator), "b": torch.zeros(3)}
+    x = torch.randn(num_examples, 5, generator=generator)
+    y = torch.randn(num_examples, 3, generator=generator)
+    params = {name: leaf.to(device) for name, leaf in params.items()}
+    return params, x.to(device), y.to(device)
+
+
+def test_a_compiler_that_fails_is_told_and_replaced(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_: object) -> None:
+        raise TorchDynamoException("no compiler here")
+
+    params, x, y = case(4, "cpu")
+    engine = clipped_grad(loss_fn, clipping_norm=0.5, execution="compile")
+    monkeypatch.setattr(engine, "_compiled", fail)
+    with pytest.warns(
+        UserWarning, match=r"runtime\.execution=compile: failed \(no compiler here\)"
+    ):
+        grads = engine(params, x, y)
+    expected = clipped_grad(loss_fn, clipping_norm=0.5)(params, x, y)
+
+    assert isinstance(engine, VmapClippedGrad)
+    assert engine.execution == "eager"
+    assert torch.equal(grads.clipped_sum["w"], expected.clipped_sum["w"])
+
+
+@pytest.mark.gpu
+def test_a_recorded_pass_equals_an_eager_one_whatever_changes() -> None:
+    engine = clipped_grad(loss_fn, clipping_norm=0.5, execution="cuda_graph")
+    eager = clipped_grad(loss_fn, clipping_norm=0.5)
+    params, x, y = case(6, "cuda")
+    for round_number in range(4):
+        if round_number == 2:  # other shapes are recorded anew
+            params, x, y = case(9, "cuda")
+        for leaf in params.values():  # parameters change where they lie
+            leaf.add_(0.1)
+        mask = torch.rand(len(x), device="cuda") < 0.7
+        sums, wanted = zeros_like(params), zeros_like(params)
+        seen = engine.accumulate(sums, params, x + round_number, y, mask=mask)
+        eager.accumulate(wanted, params, x + round_number, y, mask=mask)
+
+        assert int(seen.num_examples) == int(mask.sum())
+        for name, expected in wanted.items():
+            torch.testing.assert_close(sums[name], expected, rtol=1e-5, atol=1e-6)
+    assert isinstance(engine, VmapClippedGrad)
+    assert engine.execution == "cuda_graph"
+
+
+@pytest.mark.gpu
+def test_a_recording_sees_what_changes_in_place() -> None:
+    fixed, given = (torch.ones(3, device="cuda") for _ in range(2))
+    double = CapturedFunction(lambda fixed, inputs: (fixed[0] * 2 + inputs[0],))
+
+    assert double((fixed,), (given,))[0].tolist() == [3.0] * 3
+    fixed.fill_(5.0)
+    assert double((fixed,), (given + 1,))[0].tolist() == [12.0] * 3
