@@ -18,7 +18,7 @@ train: setup
 	bin/dpsgd-train $(CONFIG)
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 test-gpu: setup
 	$(BIN)/python -m pytest -m gpu
