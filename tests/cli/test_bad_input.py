@@ -77,6 +77,11 @@ def told(
             r"runtime\.device=cuda: this machine has 0 CUDA devices; take cpu or auto",
             marks=NO_CUDA,
         ),
+        pytest.param(
+            "runtime.execution=cuda_graph",
+            r"runtime\.execution=cuda_graph: needs a CUDA device.*; take auto",
+            marks=NO_CUDA,
+        ),
         ("model.num_classes=9", r"model\.num_classes=9: the data set declares 10"),
         ("model.name=resnet", r"model\.name=resnet: unknown model; "),
         ("model.depth=17", r"model\.depth=17: "),
