@@ -84,7 +84,7 @@ def test_a_buffer_written_in_place_is_refused_and_stays() -> None:
     model = nn.Sequential(InPlaceAverage())
 
     with pytest.raises(
-        ConfigError, match=r"^0\.average=buffer: is written by a forward"
+        ConfigError, match=r"^0\.average=tensor: is written by a forward"
     ):
         check_model(model, SHAPE)
     assert not model[0].average.any()
@@ -92,7 +92,7 @@ def test_a_buffer_written_in_place_is_refused_and_stays() -> None:
 
 def test_a_buffer_that_is_replaced_is_refused() -> None:
     with pytest.raises(
-        ConfigError, match=r"^0\.average=buffer: is written by a forward"
+        ConfigError, match=r"^0\.average=tensor: is written by a forward"
     ):
         check_model(nn.Sequential(ReplacedAverage()), SHAPE)
 
@@ -113,3 +113,39 @@ def test_a_network_of_this_package_is_accepted(
 ) -> None:
     check_model(tiny_network(SHAPE), SHAPE)
     check_model(tiny_network(SHAPE, compute_dtype="bfloat16"), SHAPE)
+
+
+class Attribute(nn.Module):
+    """Keeps a running mean where no buffer is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.average = torch.zeros(3, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.average = 0.9 * self.average + 0.1 * x.mean((0, 2, 3), keepdim=True)[0]
+        return x
+
+
+class Centred(nn.Module):
+    """Subtracts the mean over the images of a batch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x - x.mean(0)
+
+
+def test_a_running_statistic_in_a_plain_attribute_is_refused() -> None:
+    model = nn.Sequential(Attribute(), nn.Flatten(), nn.Linear(48, 2))
+
+    with pytest.raises(
+        ConfigError, match=r"^0\.average=tensor: is written by a forward"
+    ):
+        check_model(model, (3, 4, 4))
+    assert not model[0].average.any()
+
+
+def test_a_module_that_mixes_images_is_refused() -> None:
+    model = nn.Sequential(Centred(), nn.Flatten(), nn.Linear(48, 2))
+
+    with pytest.raises(ConfigError, match="depends on the others of its batch"):
+        check_model(model, (3, 4, 4))
