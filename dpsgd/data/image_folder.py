@@ -45,15 +45,29 @@ def _load_split(field: str, roots: list[Path]) -> ImageDataset:
     index = {name: label for label, name in enumerate(class_names)}
     encoded: list[EncodedImage] = []
     labels: list[int] = []
+    held: list[Path] = []
     for folder in folders:
         paths = _image_paths(field, folder)
         encoded += [EncodedImage(path, field, str(path)) for path in paths]
         labels += [index[folder.name]] * len(paths)
+        held += paths
+    _check_held_once(field, held)
     return ImageDataset(
         images=decode_images(encoded, len(labels)),
         labels=torch.tensor(labels, dtype=torch.int64),
         class_names=tuple(class_names),
     )
+
+
+def _check_held_once(field: str, paths: list[Path]) -> None:
+    """Raises if a file is held twice, which would double an example's influence."""
+    seen: set[Path] = set()
+    for path in paths:
+        real = path.resolve()
+        if real in seen:
+            rule = "is held twice, through overlapping folders or links"
+            raise DataError(fault(field, path, rule, "name each image once"))
+        seen.add(real)
 
 
 def _class_folders(field: str, root: Path) -> list[Path]:

@@ -107,3 +107,11 @@ def test_missing_folders_and_settings_are_refused(root: Path) -> None:
 def test_one_folder_for_training_and_test_is_refused(root: Path) -> None:
     with pytest.raises(DataError, match=r"data\.test=.*given twice"):
         load(str(root / "train"), str(root / "train"))
+
+
+def test_an_image_that_is_held_twice_is_refused(root: Path) -> None:
+    link = root / "train" / "dog" / "again.png"
+    link.symlink_to(root / "train" / "dog" / "a.png")
+
+    with pytest.raises(DataError, match=r"data\.train=.*: is held twice"):
+        load(str(root / "train"), str(root / "test"))
