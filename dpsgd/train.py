@@ -3,6 +3,7 @@
 `train_step` is the algorithm; `train` repeats it, saves, evaluates and tells observers.
 """
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -189,7 +190,12 @@ def train_step(run: Run, state: TrainState) -> list[PassStatistics]:
     ]
     # "Add noise", and divide by the expected batch size L
     noise_key = run.streams.noise_key(state.step)
-    grads = noisy_grad(clipped_sum, run.mechanism, noise_key=noise_key)
+    grads = noisy_grad(
+        clipped_sum,
+        run.mechanism,
+        l2_sensitivity=run.grad_fn.l2_sensitivity,
+        noise_key=noise_key,
+    )
     # "Descent"
     state.optimizer.step(grads, step=state.step)
     decay = run.config.ema.decay
@@ -305,7 +311,8 @@ def _evaluate(run: Run, state: TrainState, observers: Sequence[Observer]) -> Non
         run.keep_best(state.step)
     for observer in observers:
         observer.on_evaluation(record)
-    if not _is_finite(record.last.loss):
+    losses = [one.loss for one in (record.last, record.ema) if one is not None]
+    if not all(math.isfinite(loss) for loss in losses):
         raise _diverged(run, state, "test loss")
 
 
@@ -314,11 +321,6 @@ def _check_finite(run: Run, state: TrainState) -> None:
     norms = torch.stack(torch._foreach_norm(list(state.params.values())))
     if not bool(torch.isfinite(norms).all()):
         raise _diverged(run, state, "parameters")
-
-
-def _is_finite(value: float) -> bool:
-    """Returns whether a number is neither inf nor NaN."""
-    return abs(value) < float("inf")
 
 
 def _diverged(run: Run, state: TrainState, what: str) -> UserError:

@@ -21,8 +21,8 @@ def num_elements(params: Mapping[str, Tensor]) -> int:
 
 
 def zeros_like(params: Mapping[str, Tensor]) -> Params:
-    """Returns float32 zeros in the shape, order and device of `params`."""
+    """Returns contiguous float32 zeros in the shape, order and device of `params`."""
     return {
-        name: torch.zeros_like(leaf, dtype=torch.float32)
+        name: torch.zeros(leaf.shape, dtype=torch.float32, device=leaf.device)
         for name, leaf in params.items()
     }

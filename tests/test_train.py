@@ -166,9 +166,11 @@ def record_releases(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     releases: list[dict[str, Any]] = []
     release = dpsgd.train.noisy_grad
 
-    def recorded(clipped_sum: Params, mechanism: Any, *, noise_key: int) -> Params:
+    def recorded(
+        clipped_sum: Params, mechanism: Any, *, noise_key: int, **sensitivity: float
+    ) -> Params:
         before = copies(clipped_sum)
-        grads = release(clipped_sum, mechanism, noise_key=noise_key)
+        grads = release(clipped_sum, mechanism, noise_key=noise_key, **sensitivity)
         releases.append(
             {
                 "clipped_sum": before,

@@ -5,7 +5,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch._dynamo.exc import TorchDynamoException
 from torch.func import grad_and_value, vmap
 
 from dpsgd.clipping.base import ClippedGrad, LossFn, PassStatistics, clip_factors
@@ -93,9 +92,11 @@ class VmapClippedGrad(ClippedGrad):
         self.execution: Execution = execution
         self._names: tuple[str, ...] = ()
         self._recorded = CapturedFunction(self._recordable_pass)
-        self._compiled = torch.compile(
-            _gradients_and_norms, fullgraph=True, dynamic=False
-        )
+        self._compiled = _gradients_and_norms
+        if execution == "compile":
+            self._compiled = torch.compile(
+                _gradients_and_norms, fullgraph=True, dynamic=False
+            )
 
     def accumulate(
         self, clipped_sum: Params, params: Params, *batch: Tensor, mask: Tensor
@@ -117,6 +118,7 @@ class VmapClippedGrad(ClippedGrad):
         """Takes the pass, operator by operator."""
         *batch, mask = batch_and_mask
         grads, norms, losses = self._gradients_and_norms(params, *batch)
+        norms = norms.float()  # what float32 cannot hold contributes zero
         finite = torch.isfinite(norms)
         factors = torch.where(mask, clip_factors(norms, self.clipping_norm), 0.0)
         factors *= self.l2_sensitivity / self.clipping_norm
@@ -124,7 +126,7 @@ class VmapClippedGrad(ClippedGrad):
             clip_accumulate_(total, grads[name], factors)
         return PassStatistics(
             torch.where(mask, losses.float(), 0.0),
-            torch.where(mask, norms.float(), 0.0),
+            torch.where(mask, norms, 0.0),
             (mask & ~finite).sum(),
             mask.sum(),
         )
@@ -157,6 +159,9 @@ class VmapClippedGrad(ClippedGrad):
     ) -> tuple[Params, Tensor, Tensor]:
         """Runs the compiled function if it is wanted and works, else the plain one."""
         if self.execution == "compile":
+            # Imported here: dynamo takes seconds that an eager run need not spend.
+            from torch._dynamo.exc import TorchDynamoException
+
             try:
                 return self._compiled(self.loss_fn, params, *batch)
             except TorchDynamoException as error:

@@ -3,6 +3,7 @@
 Abadi et al. 2016, Algorithm 1.
 """
 
+from dpsgd.errors import fault
 from dpsgd.kernels import add_gaussian_noise_
 from dpsgd.privacy import DPSGDMechanism
 from dpsgd.trees import Params
@@ -11,7 +12,11 @@ __all__ = ["noisy_grad"]
 
 
 def noisy_grad(
-    clipped_sum: Params, mechanism: DPSGDMechanism, *, noise_key: int
+    clipped_sum: Params,
+    mechanism: DPSGDMechanism,
+    *,
+    l2_sensitivity: float,
+    noise_key: int,
 ) -> Params:
     r"""Turns the clipped sum of a whole draw into the private gradient, in place.
 
@@ -28,6 +33,7 @@ def noisy_grad(
         clipped_sum: Float32 leaves, the sum over all microbatches of one draw; they
             are overwritten, so that no copy without noise outlives the step.
         mechanism: Says noise and divisor.
+        l2_sensitivity: What the sum's engine says of it, `ClippedGrad.l2_sensitivity`.
         noise_key: The step's key, `RandomStreams.noise_key(step)`. Never use one key
             for two different sums: their difference would have no noise.
 
@@ -35,10 +41,15 @@ def noisy_grad(
         The same leaves, now (sum + noise) / B.
 
     Raises:
-        ValueError: A leaf is not contiguous float32.
+        ValueError: The mechanism is for a sum of another sensitivity, or a leaf is not
+            contiguous float32.
 
     Source: Abadi et al. 2016, Algorithm 1, "Add noise" (arXiv:1607.00133).
     """
+    if l2_sensitivity != mechanism.l2_sensitivity:
+        rule = f"the mechanism's noise is for {mechanism.l2_sensitivity}"
+        remedy = "give engine and mechanism one clipping norm and rescaling"
+        raise ValueError(fault("l2_sensitivity", l2_sensitivity, rule, remedy))
     for leaf, name in enumerate(sorted(clipped_sum)):
         total = clipped_sum[name]
         add_gaussian_noise_(total, std=mechanism.noise_std, key=noise_key, leaf=leaf)

@@ -170,3 +170,16 @@ def test_one_image_moves_the_sum_of_a_network_by_at_most_the_sensitivity(
     assert float(moved.norm()) == pytest.approx(
         1.0 if math.isfinite(bad) and bad < 1e20 else float(moved.norm()), rel=1e-5
     )
+
+
+@pytest.mark.parametrize("size", [1e39, 1e44, 1e50])
+def test_a_float64_gradient_beyond_float32_contributes_zero(size: float) -> None:
+    def loss_fn(params: Params, x: Tensor) -> Tensor:
+        return (params["w"] * x).sum()
+
+    params = {"w": torch.zeros(2, dtype=torch.float64)}
+    batch = torch.tensor([[size, 0.0], [0.0, 0.5]], dtype=torch.float64)
+    grads = clipped_grad(loss_fn, clipping_norm=1.0)(params, batch)
+
+    assert grads.clipped_sum["w"].tolist() == [0.0, 0.5]
+    assert int(grads.num_nonfinite) == 1

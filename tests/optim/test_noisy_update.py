@@ -44,7 +44,12 @@ def flat(grads: Params) -> NDArray[np.float64]:
 
 def released_noise(plan: DPSGDMechanism, step: int = 0) -> NDArray[np.float64]:
     """The noise on the sum, seen through what an empty draw releases."""
-    grads = noisy_grad(zeros(), plan, noise_key=STREAMS.noise_key(step))
+    grads = noisy_grad(
+        zeros(),
+        plan,
+        l2_sensitivity=plan.l2_sensitivity,
+        noise_key=STREAMS.noise_key(step),
+    )
     return flat(grads) * plan.expected_batch_size
 
 
@@ -79,7 +84,12 @@ def test_noise_has_the_promised_std_and_no_other(
 @pytest.mark.parametrize("leaf", SHAPES)
 def test_every_leaf_has_noise_of_the_promised_std(leaf: str) -> None:
     plan = mechanism()
-    grads = noisy_grad(zeros(), plan, noise_key=STREAMS.noise_key(1))
+    grads = noisy_grad(
+        zeros(),
+        plan,
+        l2_sensitivity=plan.l2_sensitivity,
+        noise_key=STREAMS.noise_key(1),
+    )
     noise = grads[leaf].double().flatten().numpy() * plan.expected_batch_size
 
     assert abs(variance_score(noise, 3.0)) < 4
@@ -95,7 +105,7 @@ def test_the_expected_batch_size_is_the_only_divisor(size: float) -> None:
         name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()
     }
     expected = {name: leaf / size for name, leaf in sums.items()}
-    grads = noisy_grad(sums, plan, noise_key=0)
+    grads = noisy_grad(sums, plan, l2_sensitivity=plan.l2_sensitivity, noise_key=0)
 
     assert all(torch.equal(grads[name], expected[name]) for name in expected)
 
@@ -110,7 +120,9 @@ def test_an_empty_draw_gives_pure_noise() -> None:
 def test_noise_does_not_depend_on_the_sum() -> None:
     plan = mechanism()
     sums = {name: leaf + 5 for name, leaf in zeros().items()}
-    noisy = noisy_grad(sums, plan, noise_key=STREAMS.noise_key(0))
+    noisy = noisy_grad(
+        sums, plan, l2_sensitivity=plan.l2_sensitivity, noise_key=STREAMS.noise_key(0)
+    )
 
     # Sums of size 10 are rounded to 2^-21; three roundings.
     difference = flat(noisy) * plan.expected_batch_size - 5
@@ -119,8 +131,12 @@ def test_noise_does_not_depend_on_the_sum() -> None:
 
 def test_noise_depends_on_names_and_not_on_the_order_of_leaves() -> None:
     reverse: Params = dict(reversed(zeros().items()))
-    first = noisy_grad(zeros(), mechanism(), noise_key=9)
-    second = noisy_grad(reverse, mechanism(), noise_key=9)
+    first = noisy_grad(
+        zeros(), mechanism(), l2_sensitivity=mechanism().l2_sensitivity, noise_key=9
+    )
+    second = noisy_grad(
+        reverse, mechanism(), l2_sensitivity=mechanism().l2_sensitivity, noise_key=9
+    )
 
     assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -143,7 +159,9 @@ def test_leaves_of_the_same_shape_have_unrelated_noise() -> None:
     sums = {name: torch.zeros(20_000) for name in "abc"}
     noise = {
         name: leaf.double().numpy()
-        for name, leaf in noisy_grad(sums, mechanism(), noise_key=5).items()
+        for name, leaf in noisy_grad(
+            sums, mechanism(), l2_sensitivity=mechanism().l2_sensitivity, noise_key=5
+        ).items()
     }
 
     for first, second in ("ab", "bc", "ac"):
@@ -153,7 +171,9 @@ def test_leaves_of_the_same_shape_have_unrelated_noise() -> None:
 def test_no_copy_without_noise_outlives_the_step() -> None:
     sums = zeros()
     memory = {name: leaf.data_ptr() for name, leaf in sums.items()}
-    grads = noisy_grad(sums, mechanism(), noise_key=5)
+    grads = noisy_grad(
+        sums, mechanism(), l2_sensitivity=mechanism().l2_sensitivity, noise_key=5
+    )
 
     assert {name: leaf.data_ptr() for name, leaf in grads.items()} == memory
     assert all(leaf.all() for leaf in sums.values())
@@ -164,4 +184,14 @@ def test_no_copy_without_noise_outlives_the_step() -> None:
 )
 def test_a_sum_of_another_type_or_layout_is_refused(leaf: Tensor) -> None:
     with pytest.raises(ValueError, match="noise is added to contiguous float32 sums"):
-        noisy_grad({"a": leaf}, mechanism(), noise_key=1)
+        noisy_grad(
+            {"a": leaf},
+            mechanism(),
+            l2_sensitivity=mechanism().l2_sensitivity,
+            noise_key=1,
+        )
+
+
+def test_noise_for_a_sum_of_another_sensitivity_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"l2_sensitivity=7\.0: the mechanism's noise"):
+        noisy_grad(zeros(), mechanism(), l2_sensitivity=7.0, noise_key=1)
