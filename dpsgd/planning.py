@@ -17,6 +17,7 @@ from dpsgd.privacy import (
     EpsilonBound,
     build_accountant,
     calibrate_noise_multiplier,
+    rounded_up,
 )
 from dpsgd.trees import num_elements
 
@@ -64,7 +65,7 @@ class Plan:
             ("views an example", f"{views} ({config.data.augmentation})"),
             ("normalisation", _constants(config)),
             ("steps", f"{mechanism.num_steps:,}"),
-            ("noise multiplier", f"{mechanism.noise_multiplier:.6g}"),
+            ("noise multiplier", f"{mechanism.noise_multiplier:.7g}"),
             ("clipping norm", f"{mechanism.clipping_norm:g}"),
             ("epsilon (upper bound)", _epsilon(self.epsilon.upper)),
             ("delta", f"{mechanism.delta:g}"),
@@ -229,10 +230,8 @@ def _memory_of(device: torch.device) -> int:
 
 
 def _epsilon(value: float) -> str:
-    """Returns epsilon rounded up, so that what is shown is a bound too."""
-    if math.isinf(value):
-        return "infinite: NO privacy guarantee"
-    return f"{math.ceil(value * 1e4) / 1e4:.4f}"
+    """Returns a bound on epsilon in words."""
+    return rounded_up(value) if value < math.inf else "infinite: NO privacy guarantee"
 
 
 def _constants(config: Config) -> str:

@@ -19,6 +19,7 @@ from dpsgd.privacy import (
     build_accountant,
     calibrate_noise_multiplier,
     calibrate_num_steps,
+    rounded_up,
 )
 from dpsgd.privacy.mechanism import check_delta, check_sample_rate
 
@@ -224,7 +225,9 @@ def _show(report: dict[str, float | int | str]) -> None:
     """Prints the report as a table."""
     table = Table(show_header=False)
     for name, value in report.items():
-        shown = f"{value:.6g}" if isinstance(value, float) else str(value)
+        shown = f"{value:.7g}" if isinstance(value, float) else str(value)
+        if name == "epsilon_upper" and isinstance(value, float):
+            shown = rounded_up(value, 6)
         style = "bold" if name == "epsilon_upper" else ""
         table.add_row(name, shown, style=style)
     Console().print(table)

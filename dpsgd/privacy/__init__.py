@@ -12,7 +12,7 @@ from dpsgd.privacy.accountant import (
 from dpsgd.privacy.calibration import calibrate_noise_multiplier, calibrate_num_steps
 from dpsgd.privacy.estimator import estimate_delta, estimate_epsilon
 from dpsgd.privacy.ledger import PrivacyLedger
-from dpsgd.privacy.mechanism import DPSGDMechanism, EpsilonBound, Phase
+from dpsgd.privacy.mechanism import DPSGDMechanism, EpsilonBound, Phase, rounded_up
 
 __all__ = [
     "ACCOUNTANTS",
@@ -27,4 +27,5 @@ __all__ = [
     "calibrate_num_steps",
     "estimate_delta",
     "estimate_epsilon",
+    "rounded_up",
 ]

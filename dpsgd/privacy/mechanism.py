@@ -22,6 +22,7 @@ __all__ = [
     "check_num_steps",
     "check_sample_rate",
     "check_target_epsilon",
+    "rounded_up",
 ]
 
 ADJACENCY: Final = "add-or-remove-one"
@@ -132,6 +133,21 @@ class EpsilonBound:
     lower: float
     estimate: float
     upper: float
+
+
+def rounded_up(epsilon: float, digits: int = 4) -> str:
+    """Returns an upper bound in digits that are an upper bound too.
+
+    Args:
+        epsilon: Bound, >= 0; may be inf.
+        digits: Digits after the point.
+
+    >>> rounded_up(7.00001), rounded_up(8.0)
+    ('7.0001', '8.0000')
+    """
+    scale = 10**digits
+    exact = math.ceil(epsilon * scale) / scale if math.isfinite(epsilon) else epsilon
+    return f"{exact:.{digits}f}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

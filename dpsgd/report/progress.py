@@ -14,7 +14,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from dpsgd.report.tables import rounded_up
+from dpsgd.privacy import rounded_up
 
 __all__ = ["ProgressView"]
 

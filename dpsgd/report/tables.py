@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from rich.table import Table
 
-__all__ = ["per_class_table", "plan_table", "result_table", "rounded_up"]
+__all__ = ["per_class_table", "plan_table", "result_table"]
 
 
 def plan_table(rows: Sequence[tuple[str, str]], *, title: str) -> Table:
@@ -67,21 +67,6 @@ def per_class_table(per_class_accuracy: Mapping[str, float | None]) -> Table:
         gap = known[best] - known[worst]
         table.add_row(f"largest gap ({best} - {worst})", f"{gap:.2%}")
     return table
-
-
-def rounded_up(epsilon: float, digits: int = 4) -> str:
-    """Returns an upper bound in words that is an upper bound too.
-
-    Args:
-        epsilon: Bound, >= 0; may be inf.
-        digits: Digits after the point.
-
-    >>> rounded_up(7.00001), rounded_up(8.0)
-    ('7.0001', '8.0000')
-    """
-    scale = 10**digits
-    exact = math.ceil(epsilon * scale) / scale if math.isfinite(epsilon) else epsilon
-    return f"{exact:.{digits}f}"
 
 
 def _shown(measure: str, value: float) -> str:

@@ -3,7 +3,8 @@ import io
 from rich.console import Console
 from rich.table import Table
 
-from dpsgd.report import per_class_table, plan_table, result_table, rounded_up
+from dpsgd.privacy import rounded_up
+from dpsgd.report import per_class_table, plan_table, result_table
 
 
 def shown(table: Table) -> list[list[str]]:
