@@ -10,7 +10,7 @@ from torch import nn
 
 from dpsgd.checkpoint import Checkpoint, CheckpointStore, differences
 from dpsgd.clipping import ClippedGrad, clipped_grad
-from dpsgd.config import Config, config_to_dict
+from dpsgd.config import Config
 from dpsgd.data import (
     DataSplits,
     PoissonSampler,
@@ -34,18 +34,20 @@ from dpsgd.models import (
 from dpsgd.optim import Optimizer
 from dpsgd.planning import Plan, make_plan
 from dpsgd.privacy import DPSGDMechanism, PrivacyLedger
+from dpsgd.resumption import (
+    arithmetic_of,
+    check_mechanism,
+    check_same_run,
+    continued_streams,
+    identity_of,
+)
 from dpsgd.rng import RandomStreams
 from dpsgd.train import Run, TrainState
 from dpsgd.trees import Params
 
-__all__ = ["assemble", "load_network", "plan_of"]
+__all__ = ["assemble", "evaluator", "load_network", "plan_of"]
 
-_FORMAT = 1
 _EVALUATION_BATCH = 500
-# Where the data lie, how fast and how often we look may change between the pieces of
-# a run; everything else decides what is learned or guaranteed.
-_MAY_CHANGE = ("runtime", "eval", "report")
-_DATA_MAY_MOVE = ("root", "train", "test")
 
 
 def plan_of(config: Config) -> Plan:
@@ -61,7 +63,11 @@ def plan_of(config: Config) -> Plan:
 
 
 def assemble(
-    config: Config, *, store: CheckpointStore, checkpoint: Checkpoint | None = None
+    config: Config,
+    *,
+    store: CheckpointStore,
+    checkpoint: Checkpoint | None = None,
+    shown_step: int = 0,
 ) -> tuple[Run, TrainState, Plan]:
     """Builds a run, at its start or where a checkpoint left it.
 
@@ -69,21 +75,27 @@ def assemble(
         config: Settings.
         store: Where checkpoints go.
         checkpoint: Where to go on from; None starts anew.
+        shown_step: Last step whose evaluation was recorded.
 
     Raises:
         UserError: Settings, data or checkpoint are at fault.
     """
     splits = load_datasets(config.data)
-    identity = _identity(config, splits)
-    mechanism, streams = None, RandomStreams.from_seed(config.train.seed)
+    identity = identity_of(config, splits)
+    mechanism = None
     if checkpoint is not None:
-        _check_same_run(checkpoint, identity)
+        check_same_run(checkpoint, identity)
         mechanism = DPSGDMechanism.from_dict(checkpoint.facts["mechanism"])
-        saved = checkpoint.facts["streams"]
-        streams = RandomStreams(bytes.fromhex(saved["key"]), seeded=saved["seeded"])
         config = _with_microbatch_size(config, checkpoint.facts["microbatch_size"])
     facts = _with_classes(config, _facts(config, splits))
     plan = make_plan(config, facts, mechanism=mechanism)
+    identity["arithmetic"] = arithmetic_of(plan, config)
+    streams = RandomStreams.from_seed(config.train.seed)
+    if checkpoint is not None:
+        check_mechanism(config, plan)
+        streams = continued_streams(
+            checkpoint, arithmetic=identity["arithmetic"], shown_step=shown_step
+        )
     model = _network(config, facts, splits)
     initialize(model, streams.generator("init"))
     check_model(model, facts.image_shape)
@@ -91,28 +103,40 @@ def assemble(
     state = _initial_state(config, trainable_params(model))
     if checkpoint is not None:
         _restore(state, checkpoint)
+    save = partial(_save, store, plan=plan, streams=streams, identity=identity)
     run = Run(
         config=config,
         mechanism=plan.mechanism,
-        ledger=PrivacyLedger(
-            plan.mechanism,
-            plan.accountant,
-            max_epsilon=config.privacy.max_epsilon,
-        ),
         streams=streams,
-        sampler=PoissonSampler(
+        save=save,
+        keep_best=store.mark_best,
+        evaluate=evaluator(config, splits, model, facts.class_names, plan.device),
+        **_private_parts(config, plan, model, splits, streams),
+    )
+    run.ledger.require(1)  # a budget that one step exceeds trains nothing
+    return run, state, plan
+
+
+def _private_parts(
+    config: Config,
+    plan: Plan,
+    model: nn.Module,
+    splits: DataSplits,
+    streams: RandomStreams,
+) -> dict[str, Any]:
+    """Returns the parts of a run that touch private data, or account for it."""
+    return {
+        "ledger": PrivacyLedger(
+            plan.mechanism, plan.accountant, max_epsilon=config.privacy.max_epsilon
+        ),
+        "sampler": PoissonSampler(
             num_rows=len(splits.train),
             sample_rate=plan.mechanism.sample_rate,
             streams=streams,
         ),
-        load_views=_view_loader(config, plan, splits, streams),
-        grad_fn=_gradient_engine(config, plan, model),
-        evaluate=_evaluator(config, plan, splits, model),
-        save=partial(_save, store, plan=plan, streams=streams, identity=identity),
-        keep_best=store.mark_best,
-    )
-    run.ledger.require(1)  # a budget that one step exceeds trains nothing
-    return run, state, plan
+        "load_views": _view_loader(config, plan, splits, streams),
+        "grad_fn": _gradient_engine(config, plan, model),
+    }
 
 
 def load_network(
@@ -175,9 +199,9 @@ def _check_labels(splits: DataSplits, num_classes: int) -> None:
         wrong = (dataset.labels >= num_classes).nonzero()
         if len(wrong):
             row = int(wrong[0])
-            rule = f"the label of row {row} is {int(dataset.labels[row])}"
-            remedy = f"labels must be below model.num_classes ({num_classes})"
-            raise DataError(fault(field, "...", rule, remedy))
+            rule = f"row {row} has the label {int(dataset.labels[row])}"
+            remedy = f"{field} must have labels below it, or raise it"
+            raise DataError(fault("model.num_classes", num_classes, rule, remedy))
 
 
 def _gradient_engine(config: Config, plan: Plan, model: nn.Module) -> ClippedGrad:
@@ -214,16 +238,28 @@ def _view_loader(
     )
 
 
-def _evaluator(
-    config: Config, plan: Plan, splits: DataSplits, model: nn.Module
+def evaluator(
+    config: Config,
+    splits: DataSplits,
+    model: nn.Module,
+    class_names: tuple[str, ...],
+    device: torch.device,
 ) -> Callable[[Params], Evaluation]:
-    """Returns what measures weights on the test set."""
+    """Returns what measures weights on the public test set.
+
+    Args:
+        config: Settings, of which the normalisation is used.
+        splits: Data.
+        model: Network, whose parameters the weights replace.
+        class_names: Name of each output.
+        device: Where to measure.
+    """
     return partial(
         evaluate,
         model,
-        dataset=place(splits.test, plan.device),
+        dataset=place(splits.test, device),
         normalize=partial(normalize, mean=config.data.mean, std=config.data.std),
-        class_names=plan.facts.class_names,
+        class_names=class_names,
         batch_size=_EVALUATION_BATCH,
     )
 
@@ -237,33 +273,6 @@ def _initial_state(config: Config, params: Params) -> TrainState:
     num_steps = config.train.num_steps
     optimizer = Optimizer(params, config.optimizer, num_steps=num_steps)
     return TrainState(step=0, params=params, ema=ema, optimizer=optimizer)
-
-
-def _identity(config: Config, splits: DataSplits) -> dict[str, Any]:
-    """Returns what must be the same in every piece of a run."""
-    settings = config_to_dict(config)
-    for section in _MAY_CHANGE:
-        del settings[section]
-    for key in _DATA_MAY_MOVE:
-        del settings["data"][key]
-    fingerprints = {
-        "train": splits.train.fingerprint(),
-        "test": splits.test.fingerprint(),
-    }
-    return {"settings": settings, "data_fingerprint": fingerprints}
-
-
-def _check_same_run(checkpoint: Checkpoint, identity: Mapping[str, Any]) -> None:
-    """Raises if a checkpoint is of other settings, data or format."""
-    lines = differences(
-        {key: checkpoint.facts.get(key) for key in ("format", *identity)},
-        {"format": _FORMAT, **identity},
-    )
-    if lines:
-        remedy = "go on with what the run began with, or start a new one"
-        raise CheckpointError(
-            "\n".join(f"{line.removeprefix('settings.')}; {remedy}" for line in lines)
-        )
 
 
 def _with_microbatch_size(config: Config, saved: int) -> Config:
@@ -288,7 +297,6 @@ def _save(
     optimizer = state.optimizer.state()
     tensors |= {f"optimizer/{name}": leaf for name, leaf in optimizer.items()}
     facts = {
-        "format": _FORMAT,
         **identity,
         "step": state.step,
         "best_accuracy": state.best_accuracy,
@@ -297,7 +305,11 @@ def _save(
         "timed_seconds": state.timed_seconds,
         "wall_seconds": state.wall_seconds,
         "mechanism": plan.mechanism.to_dict(),
-        "streams": {"key": streams.key.hex(), "seeded": streams.seeded},
+        "streams": {
+            "key": streams.key.hex(),
+            "seeded": streams.seeded,
+            "noise_nonce": streams.noise_nonce.hex(),
+        },
         "microbatch_size": plan.microbatch_size,
     }
     store.save(state.step, Checkpoint(tensors, facts))

@@ -109,7 +109,7 @@ class CheckpointStore:
 
     def _steps(self) -> list[int]:
         """Returns the steps of the checkpoints that are there, ascending."""
-        names = self.folder.glob("step-*.safetensors")
+        names = self.folder.glob("step-" + 8 * "[0-9]" + ".safetensors")
         return sorted(int(path.stem.removeprefix("step-")) for path in names)
 
     def _path(self, step: int) -> Path:

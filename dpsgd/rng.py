@@ -12,7 +12,7 @@ published seed, or a published checkpoint, voids the guarantee.
 
 import hashlib
 import secrets
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 import numpy as np
@@ -32,10 +32,13 @@ class RandomStreams:
         key: 16 secret bytes from which every stream is derived.
         seeded: True if the key came from a seed that a person chose, so that the
             run can be repeated, and its noise removed, by anyone who knows the seed.
+        noise_nonce: Secret bytes that enter the noise alone; empty in a run that was
+            never resumed with other arithmetic.
     """
 
     key: bytes = field(repr=False)
     seeded: bool = False
+    noise_nonce: bytes = field(default=b"", repr=False)
 
     def __post_init__(self) -> None:
         if len(self.key) != _KEY_BYTES:
@@ -57,6 +60,10 @@ class RandomStreams:
         digest = hashlib.blake2b(str(seed).encode(), digest_size=_KEY_BYTES)
         return cls(digest.digest(), seeded=True)
 
+    def with_new_noise(self) -> "RandomStreams":
+        """Returns the same streams but for the noise, which no one has seen before."""
+        return replace(self, noise_nonce=secrets.token_bytes(_KEY_BYTES))
+
     def generator(self, name: StreamName, step: int = 0) -> np.random.Generator:
         """Returns the generator of one stream at one step, always from its start.
 
@@ -71,14 +78,16 @@ class RandomStreams:
     def noise_key(self, step: int) -> int:
         """Returns the 64-bit Philox key of one step's noise.
 
-        Each step has its own key, so that guessing one reveals one step's noise only.
+        Each step has its own key, derived from the run's 128 bits, so that guessing one
+        reveals one step's noise only.
         """
         return int.from_bytes(self._subkey("noise", step)[:8], "little")
 
     def _subkey(self, name: StreamName, step: int | None = None) -> bytes:
         """Derives the key of a stream, or of one step in it, from the run's key."""
         assert name in get_args(StreamName)
-        message = name if step is None else f"{name}/{step}"
-        return hashlib.blake2b(
-            message.encode(), key=self.key, digest_size=_KEY_BYTES
-        ).digest()
+        message = name.encode()
+        if step is not None:
+            message += f"/{step}".encode() + self.noise_nonce
+        digest = hashlib.blake2b(message, key=self.key, digest_size=_KEY_BYTES)
+        return digest.digest()

@@ -60,7 +60,9 @@ def test_classes_are_never_counted_from_labels(
 
     with pytest.raises(ConfigError, match=r"model\.num_classes=null.*never counted"):
         start(tmp_path)
-    with pytest.raises(DataError, match=r"label of row 5 is 3; labels must be below m"):
+    with pytest.raises(
+        DataError, match=r"num_classes=3: row 5 has the label 3; .* or raise it"
+    ):
         start(tmp_path, {"model.num_classes": 3})
 
 

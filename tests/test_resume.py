@@ -1,5 +1,6 @@
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +23,8 @@ from small_runs import (
 )
 
 import dpsgd.train
+from dpsgd.checkpoint import read_tensors, write_tensors
+from dpsgd.report import RunDirectory
 
 SGD = {"optimizer.momentum": 0.9, "train.num_steps": 10, "eval.every": 3}
 ADAMW = {
@@ -246,7 +249,7 @@ def test_other_pixels_are_refused(
 
     assert dpsgd_train("--resume", stopped) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"data_fingerprint.{split}=")
+    assert line.startswith(f"data.{split}=...: holds other examples than the run's")
     assert contents(stopped) == before
 
 
@@ -257,6 +260,71 @@ def test_data_may_move_and_runtime_may_change(stopped: Path) -> None:
     changes = [f"data.train={moved}", "runtime.microbatch_size=5", "eval.every=1"]
     overrides = [word for change in changes for word in ("--set", change)]
     assert dpsgd_train("--resume", stopped, *overrides) == 0
+
+
+def newest_checkpoint(run: Path) -> Path:
+    return max((run / "checkpoints").glob("step-*"))
+
+
+def noise_nonce(run: Path) -> str:
+    _, facts = read_tensors(newest_checkpoint(run))
+    return str(facts["streams"]["noise_nonce"])
+
+
+def test_noise_keeps_its_key_only_where_steps_are_repeated_bit_for_bit(
+    stopped: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(stopped, other)
+    assert dpsgd_train("--resume", stopped) == 0
+    assert dpsgd_train("--resume", other, "--set", "runtime.microbatch_size=5") == 0
+
+    assert noise_nonce(stopped) == ""
+    assert len(noise_nonce(other)) == 32
+    weights = [read_tensors(run / "model.safetensors")[0] for run in (stopped, other)]
+    # The same noise would leave a difference of rounding, which shows the data.
+    assert not torch.allclose(*(one["last/classifier.bias"] for one in weights))
+
+
+def test_steps_that_were_shown_are_not_taken_again_with_other_noise(
+    stopped: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with (stopped / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 99, "test_accuracy": 0.5}\n')
+    before = contents(stopped)
+    capsys.readouterr()
+
+    assert dpsgd_train("--resume", stopped, "--set", "runtime.microbatch_size=5") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("--resume=...: step 99 was shown, the newest checkpoint is")
+    assert contents(stopped) == before
+
+
+@pytest.mark.parametrize(
+    ("member", "value"), [("sample_rate", 1e-3), ("noise_multiplier", 0.1)]
+)
+def test_a_checkpoint_whose_mechanism_is_not_the_settings_is_refused(
+    stopped: Path, capsys: pytest.CaptureFixture[str], member: str, value: float
+) -> None:
+    path = newest_checkpoint(stopped)
+    tensors, facts = read_tensors(path)
+    facts["mechanism"][member] = value
+    write_tensors(path, tensors, facts)
+    before = contents(stopped)
+    capsys.readouterr()
+
+    assert dpsgd_train("--resume", stopped) == 2
+    assert f"mechanism.{member}: {value} != " in capsys.readouterr().err
+    assert contents(stopped) == before
+
+
+def test_two_processes_do_not_train_in_one_folder(
+    stopped: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with RunDirectory(stopped).locked():
+        assert dpsgd_train("--resume", stopped) == 2
+    assert "another process is training in it" in capsys.readouterr().err
+    assert dpsgd_train("--resume", stopped) == 0
 
 
 def test_damaged_newest_checkpoint_is_named_and_an_older_one_serves(

@@ -3,18 +3,16 @@
 import argparse
 from collections.abc import Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 
-from dpsgd.assembly import load_network
+from dpsgd.assembly import evaluator, load_network
 from dpsgd.checkpoint import CheckpointStore, read_tensors
 from dpsgd.cli.errors import UsageParser, exit_code
 from dpsgd.config import load_config
-from dpsgd.data import load_datasets, normalize, place
+from dpsgd.data import load_datasets
 from dpsgd.errors import ConfigError, fault
-from dpsgd.evaluate import evaluate
 from dpsgd.planning import choose_device
 from dpsgd.report import RunDirectory, per_class_table, result_table, to_json
 from dpsgd.trees import Params
@@ -22,7 +20,6 @@ from dpsgd.trees import Params
 __all__ = ["main"]
 
 _PREFIXES = {"last": ("last/", "params/"), "ema": ("ema/", "ema/")}
-_BATCH = 500
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -71,14 +68,8 @@ def _run(arguments: argparse.Namespace) -> int:
     splits = load_datasets(config.data)
     device = choose_device(config.runtime.device)
     model, names = load_network(config, splits, params, device)
-    result = evaluate(
-        model,
-        {name: leaf.to(device) for name, leaf in params.items()},
-        place(splits.test, device),
-        normalize=partial(normalize, mean=config.data.mean, std=config.data.std),
-        class_names=names,
-        batch_size=_BATCH,
-    )
+    measure = evaluator(config, splits, model, names, device)
+    result = measure({name: leaf.to(device) for name, leaf in params.items()})
     if arguments.json:
         facts = {"weights": weights, "step": step, "largest_gap": result.largest_gap}
         print(to_json({**facts, **asdict(result)}, indent=2))

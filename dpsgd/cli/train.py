@@ -20,16 +20,17 @@ from dpsgd.cli.errors import UsageParser, exit_code
 from dpsgd.config import Config, config_to_dict, load_config
 from dpsgd.errors import ConfigError, fault
 from dpsgd.planning import Plan
+from dpsgd.privacy import rounded_up
 from dpsgd.report import (
     MetricsWriter,
     ProgressView,
     RunDirectory,
     default_run_directory,
     environment,
+    last_evaluated_step,
     per_class_table,
     plan_table,
     result_table,
-    rounded_up,
     to_json,
 )
 from dpsgd.train import EvaluationRecord, Outcome, Run, StepRecord, TrainState, train
@@ -114,10 +115,28 @@ def _train(
     if not resumes:
         directory.require_absent()
     checkpoint = store.newest() if resumes else None
-    run, state, plan = assemble(config, store=store, checkpoint=checkpoint)
+    run, state, plan = assemble(
+        config,
+        store=store,
+        checkpoint=checkpoint,
+        shown_step=last_evaluated_step(directory.metrics),
+    )
     if not resumes:
         directory.create(config_to_dict(config))
         write_atomically(directory.environment, to_json(environment()).encode())
+    with directory.locked():
+        return _train_locked(console, config, directory, run, state, plan)
+
+
+def _train_locked(
+    console: Console,
+    config: Config,
+    directory: RunDirectory,
+    run: Run,
+    state: TrainState,
+    plan: Plan,
+) -> int:
+    """Trains in a folder that no other process trains in."""
     _show_plan(console, config, plan)
     console.print(f"run directory: {directory.path}", highlight=False, soft_wrap=True)
     held, declared = run.sampler.num_rows, plan.facts.num_examples

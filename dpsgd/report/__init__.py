@@ -1,6 +1,11 @@
 """What a run says and leaves: reads files and plain values, never tensors."""
 
-from dpsgd.report.metrics import MetricsWriter, read_metrics, to_json
+from dpsgd.report.metrics import (
+    MetricsWriter,
+    last_evaluated_step,
+    read_metrics,
+    to_json,
+)
 from dpsgd.report.progress import ProgressView
 from dpsgd.report.run_directory import (
     RunDirectory,
@@ -11,7 +16,6 @@ from dpsgd.report.tables import (
     per_class_table,
     plan_table,
     result_table,
-    rounded_up,
 )
 
 __all__ = [
@@ -20,10 +24,10 @@ __all__ = [
     "RunDirectory",
     "default_run_directory",
     "environment",
+    "last_evaluated_step",
     "per_class_table",
     "plan_table",
     "read_metrics",
     "result_table",
-    "rounded_up",
     "to_json",
 ]

@@ -9,7 +9,7 @@ from typing import Any
 
 from dpsgd.errors import UserError, fault
 
-__all__ = ["MetricsWriter", "read_metrics", "to_json"]
+__all__ = ["MetricsWriter", "last_evaluated_step", "read_metrics", "to_json"]
 
 
 class MetricsWriter:
@@ -51,6 +51,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return records
+
+
+def last_evaluated_step(path: Path) -> int:
+    """Returns the last step whose evaluation a file records, 0 if there is none."""
+    evaluated = [line for line in read_metrics(path) if "test_accuracy" in line]
+    return max((line["step"] for line in evaluated), default=0)
 
 
 def to_json(value: Any, *, indent: int | None = None) -> str:

@@ -1,9 +1,12 @@
 """The folder that a run leaves behind, and what may stand in it."""
 
+import fcntl
 import importlib.metadata
+import os
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -56,6 +59,30 @@ class RunDirectory:
             rule = f"cannot be made ({error.strerror})"
             raise ConfigError(
                 fault("--run-dir", self.path, rule, "name another folder")
+            ) from error
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps other processes from training in the folder meanwhile.
+
+        Raises:
+            ConfigError: Another process does.
+        """
+        folder = os.open(self.path, os.O_RDONLY)
+        try:
+            self._lock(folder)
+            yield
+        finally:
+            os.close(folder)
+
+    def _lock(self, folder: int) -> None:
+        """Locks the open folder, or says who holds it."""
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            rule = "another process is training in it"
+            raise ConfigError(
+                fault("--resume", self.path, rule, "wait for its end, or stop it")
             ) from error
 
     def require(self) -> None:

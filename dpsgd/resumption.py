@@ -1,0 +1,146 @@
+"""What must be so for a run to go on: nothing is assumed, everything is compared.
+
+A step repeated with its old noise key but other arithmetic would release two sums whose
+difference has no noise. So a resumed run keeps its noise key only where it repeats the
+interrupted one bit for bit; elsewhere the noise gets a new key.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from dpsgd.checkpoint import Checkpoint, differences
+from dpsgd.config import Config, config_to_dict
+from dpsgd.data import DataSplits
+from dpsgd.errors import CheckpointError, fault
+from dpsgd.planning import Plan, build_mechanism
+from dpsgd.rng import RandomStreams
+
+__all__ = [
+    "FORMAT",
+    "arithmetic_of",
+    "check_mechanism",
+    "check_same_run",
+    "continued_streams",
+    "identity_of",
+]
+
+FORMAT = 2
+# Where the data lie, how fast and how often we look may change between the pieces of
+# a run; everything else decides what is learned or guaranteed.
+_MAY_CHANGE = ("runtime", "eval", "report")
+_DATA_MAY_MOVE = ("root", "train", "test")
+_REMEDY = "go on with what the run began with, or start a new one"
+
+
+def identity_of(config: Config, splits: DataSplits) -> dict[str, Any]:
+    """Returns what must be the same in every piece of a run."""
+    settings = config_to_dict(config)
+    for section in _MAY_CHANGE:
+        del settings[section]
+    for key in _DATA_MAY_MOVE:
+        del settings["data"][key]
+    fingerprints = {
+        "train": splits.train.fingerprint(),
+        "test": splits.test.fingerprint(),
+    }
+    return {"format": FORMAT, "settings": settings, "data": fingerprints}
+
+
+def check_same_run(checkpoint: Checkpoint, identity: Mapping[str, Any]) -> None:
+    """Raises if a checkpoint is of other settings, data or format.
+
+    Raises:
+        CheckpointError: One line for each difference. Of data it names the set alone:
+            a fingerprint would confirm a guessed example.
+    """
+    saved = checkpoint.facts
+    lines = differences({"format": saved.get("format")}, {"format": FORMAT})
+    lines += differences(saved.get("settings", {}), identity["settings"])
+    for name, fingerprint in identity["data"].items():
+        if saved.get("data", {}).get(name) != fingerprint:
+            lines.append(f"data.{name}=...: holds other examples than the run's")
+    if lines:
+        raise CheckpointError("\n".join(f"{line}; {_REMEDY}" for line in lines))
+
+
+def check_mechanism(config: Config, plan: Plan) -> None:
+    """Raises if a checkpoint's mechanism is not the one that the settings ask for.
+
+    Args:
+        config: Settings.
+        plan: Made with the checkpoint's mechanism.
+
+    Raises:
+        CheckpointError: A member differs, or the target is passed; calibrated noise
+            may differ from today's as long as it keeps the target.
+    """
+    saved, privacy = plan.mechanism, config.privacy
+    noise = privacy.noise_multiplier
+    fixed = dataclasses.replace(
+        privacy,
+        target_epsilon=None,
+        noise_multiplier=saved.noise_multiplier if noise is None else noise,
+    )
+    expected = build_mechanism(
+        dataclasses.replace(config, privacy=fixed),
+        plan.facts.num_examples,
+        plan.accountant,
+    )
+    lines = [f"mechanism.{line}" for line in saved.differences(expected)]
+    target = privacy.target_epsilon
+    if target is not None and plan.epsilon.upper > target:
+        rule = f"the checkpoint's noise spends {plan.epsilon.upper}"
+        lines.append(f"privacy.target_epsilon={target}: {rule}")
+    if lines:
+        raise CheckpointError("\n".join(f"{line}; {_REMEDY}" for line in lines))
+
+
+def arithmetic_of(plan: Plan, config: Config) -> dict[str, Any]:
+    """Returns what rounding depends on: equal values repeat a CPU run bit for bit."""
+    return {
+        "device": str(plan.device),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "num_threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "microbatch_size": plan.microbatch_size,
+        "execution": config.runtime.execution,
+    }
+
+
+def continued_streams(
+    checkpoint: Checkpoint, *, arithmetic: Mapping[str, Any], shown_step: int
+) -> RandomStreams:
+    """Returns the streams with which a run goes on.
+
+    Guarantees:
+        The noise key is the checkpoint's only if the steps after it are repeated bit
+        for bit. Otherwise the noise gets a new key, from the operating system, which
+        is free only if nothing of the steps that are taken again was shown.
+
+    Args:
+        checkpoint: Where the run goes on.
+        arithmetic: What rounding depends on, now.
+        shown_step: Last step whose evaluation was recorded.
+
+    Raises:
+        CheckpointError: Steps that were shown would be taken again with other noise,
+            and so be paid for once but released twice.
+    """
+    saved = checkpoint.facts["streams"]
+    streams = RandomStreams(
+        bytes.fromhex(saved["key"]),
+        seeded=saved["seeded"],
+        noise_nonce=bytes.fromhex(saved["noise_nonce"]),
+    )
+    on_cpu = arithmetic["device"] == "cpu"
+    if on_cpu and checkpoint.facts["arithmetic"] == dict(arithmetic):
+        return streams
+    step = checkpoint.facts["step"]
+    if shown_step > step:
+        rule = f"step {shown_step} was shown, the newest checkpoint is of step {step}"
+        remedy = "restore the newer checkpoint, or start a new run"
+        raise CheckpointError(fault("--resume", "...", rule, remedy))
+    return streams.with_new_noise()
