@@ -178,6 +178,8 @@ def make_plan(
         model,
         image_shape=facts.image_shape,
         num_views=config.data.augmentation_multiplicity,
+        device=device.type,
+        compute_dtype=getattr(torch, config.model.compute_dtype),
     )
     microbatch_size = _choose_microbatch_size(config, memory, device)
     accountant = build_accountant(config.privacy.accountant)

@@ -115,3 +115,22 @@ def test_estimate_is_within_a_factor_of_two_of_what_a_pass_takes(
     estimate = measured(num_views=num_views).per_example
 
     assert 0.5 < estimate / ((many - few) / 4) < 2
+
+
+@pytest.mark.parametrize(
+    ("views", "examples", "gib"),
+    [(16, 128, 5.8), (16, 64, 3.0), (4, 256, 4.6), (1, 256, 3.2)],
+)
+def test_what_an_h100_took_is_foreseen(views: int, examples: int, gib: float) -> None:
+    config = ModelConfig(depth=16, width=4, compute_dtype="bfloat16")
+    with torch.device("meta"):
+        model = build_model(config, image_shape=(3, 32, 32), num_classes=10)
+    memory = measure_microbatch(
+        model,
+        image_shape=(3, 32, 32),
+        num_views=views,
+        device="cuda",
+        compute_dtype=torch.bfloat16,
+    )
+
+    assert gib <= memory.total(examples) / 2**30 <= 1.2 * gib
