@@ -18,7 +18,7 @@ from dpsgd.privacy.certificate import (
     certify,
     subsampled_phases,
 )
-from dpsgd.privacy.estimator import estimate_epsilon
+from dpsgd.privacy.estimator import estimate_epsilon, likely_epsilon
 from dpsgd.privacy.mechanism import EpsilonBound, Phase, check_delta
 
 __all__ = ["ACCOUNTANTS", "Accountant", "PRVAccountant", "build_accountant"]
@@ -149,7 +149,7 @@ class PRVAccountant(Accountant):
         certificate = certify(
             composition,
             delta,
-            eps_error=_RELATIVE_ERROR * _scale(phases, delta),
+            eps_error=_RELATIVE_ERROR * likely_epsilon(phases, delta),
             max_nodes=_MAX_NODES,
         )
         return _bracket(phases, delta, certificate)
@@ -191,7 +191,7 @@ class PRVAccountant(Accountant):
             certificate = certify(
                 composition,
                 delta,
-                eps_error=_RELATIVE_ERROR * _scale(longest, delta),
+                eps_error=_RELATIVE_ERROR * likely_epsilon(longest, delta),
                 max_nodes=_CURVE_NODES // (len(runs) + 3),
             )
         return _rising(steps, [_bracket(run, delta, certificate) for run in runs])
@@ -209,7 +209,7 @@ class PRVAccountant(Accountant):
         composition = Composition.of(phases)
         if _closed_form(composition, phases, delta) is not None:
             return 0.0
-        wanted = _RELATIVE_ERROR * _scale(phases, delta)
+        wanted = _RELATIVE_ERROR * likely_epsilon(phases, delta)
         return 1.1 * affordable_error(
             composition, delta, eps_error=wanted, max_nodes=_MAX_NODES
         )
@@ -260,12 +260,6 @@ def _closed_form(
         return EpsilonBound(exact, exact, exact)
     below = 1 - (_ROUNDING if composition.gaussian_mu < 1e8 else 1e-6)
     return EpsilonBound(exact * below, exact, exact * (1 + _ROUNDING))
-
-
-def _scale(phases: Sequence[Phase], delta: float) -> float:
-    """Returns the size of epsilon, by which errors are measured."""
-    estimate = estimate_epsilon(phases, delta)
-    return quick_epsilon(phases, delta) if estimate is None else estimate
 
 
 def _bracket(

@@ -13,7 +13,7 @@ from scipy.optimize import brentq
 from dpsgd.errors import ConfigError, fault
 from dpsgd.privacy.accountant import Accountant
 from dpsgd.privacy.bounds import quick_epsilon
-from dpsgd.privacy.estimator import estimate_delta, estimate_epsilon
+from dpsgd.privacy.estimator import estimate_delta, likely_epsilon
 from dpsgd.privacy.mechanism import (
     Phase,
     check_delta,
@@ -125,7 +125,7 @@ def calibrate_num_steps(
         return accountant.epsilon(phases(num_steps), delta).upper
 
     def expected(num_steps: int) -> float:
-        return _expected_epsilon(phases(num_steps), delta)
+        return likely_epsilon(phases(num_steps), delta)
 
     rough = _last_within(expected, target_epsilon)
     if rough == _MAX_STEPS:
@@ -214,12 +214,6 @@ def _searched_noise_multiplier(
         else:
             bad = guess
     return good
-
-
-def _expected_epsilon(phases: list[Phase], delta: float) -> float:
-    """Returns the estimate of epsilon, or else a quick bound."""
-    estimate = estimate_epsilon(phases, delta)
-    return quick_epsilon(phases, delta) if estimate is None else estimate
 
 
 def _last_within(expected: Callable[[int], float], epsilon: float) -> int:

@@ -31,6 +31,7 @@ from dpsgd.privacy.bounds import (
     gaussian_delta,
     gaussian_epsilon,
     log_moments,
+    quick_epsilon,
     renyi_epsilon,
     renyi_log_delta,
     solved,
@@ -38,7 +39,7 @@ from dpsgd.privacy.bounds import (
 )
 from dpsgd.privacy.mechanism import Phase, check_delta
 
-__all__ = ["estimate_delta", "estimate_epsilon"]
+__all__ = ["estimate_delta", "estimate_epsilon", "likely_epsilon"]
 
 _AGREEMENT: Final = 1e-7
 _CANCELLATION: Final = 1e-10
@@ -266,3 +267,14 @@ def _contour(
             return _Contour(np.concatenate(orders), np.concatenate(logs), step)
         first, block = first + block, 2 * block
     raise MeshError(f"the integrand is not negligible after {first} nodes")
+
+
+def likely_epsilon(phases: Sequence[Phase], delta: float) -> float:
+    """Returns the estimate of epsilon, or a quick bound where there is no estimate.
+
+    Args:
+        phases: Steps composed; phases may differ in all they have.
+        delta: In (0, 1).
+    """
+    estimate = estimate_epsilon(phases, delta)
+    return quick_epsilon(phases, delta) if estimate is None else estimate
