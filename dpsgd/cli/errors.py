@@ -32,6 +32,17 @@ def exit_code(command: Callable[[], int]) -> int:
 class UsageParser(argparse.ArgumentParser):
     """An argument parser whose complaints look like every other."""
 
+    def add_overrides(self) -> None:
+        """Adds `--set section.key=value`, collected in `overrides`."""
+        self.add_argument(
+            "--set",
+            dest="overrides",
+            action="append",
+            default=[],
+            metavar="section.key=value",
+            help="replace a setting; may be repeated",
+        )
+
     def error(self, message: str) -> NoReturn:
         """Raises ConfigError in place of printing the usage and exiting."""
         raise ConfigError(f"{self.prog}: {message}; see {self.prog} --help")

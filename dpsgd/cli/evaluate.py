@@ -47,14 +47,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="default: the average if the run keeps one, else the last",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument(
-        "--set",
-        dest="overrides",
-        action="append",
-        default=[],
-        metavar="section.key=value",
-        help="replace a setting, such as where the test data lie",
-    )
+    parser.add_overrides()
     return parser.parse_args(argv)
 
 

@@ -64,14 +64,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--plan", action="store_true", help="show what would be done, and stop"
     )
-    parser.add_argument(
-        "--set",
-        dest="overrides",
-        action="append",
-        default=[],
-        metavar="section.key=value",
-        help="replace a setting; may be repeated",
-    )
+    parser.add_overrides()
     parser.add_argument(
         "--run-dir",
         type=Path,
@@ -264,10 +257,12 @@ def _leave(
     outcome: Outcome,
 ) -> None:
     """Writes weights and report, and prints the result."""
+    report = _report(run, state, record, outcome)
     weights = {f"last/{name}": leaf for name, leaf in state.params.items()}
     weights |= {f"ema/{name}": leaf for name, leaf in (state.ema or {}).items()}
-    write_tensors(directory.weights, weights, {"step": state.step})
-    report = _report(run, state, record, outcome)
+    told = ("epsilon", "delta", "adjacency", "accountant", "num_steps", "seeded")
+    facts = {"step": state.step, **{name: report[name] for name in told}}
+    write_tensors(directory.weights, weights, facts)
     write_atomically(directory.report, to_json(report, indent=2).encode())
     results = {
         name: {

@@ -65,7 +65,8 @@ def per_class_table(per_class_accuracy: Mapping[str, float | None]) -> Table:
         )
         table.add_section()
         gap = known[best] - known[worst]
-        table.add_row(f"largest gap ({best} - {worst})", f"{gap:.2%}")
+        between = f" ({best} - {worst})" if gap else ""
+        table.add_row(f"largest gap{between}", f"{gap:.2%}")
     return table
 
 
