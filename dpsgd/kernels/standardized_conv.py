@@ -89,7 +89,9 @@ def standardized_conv2d(
         return y
     if gain is not None:
         weight = standardized_weight(weight)[0] * gain.view(-1, 1, 1, 1)
-    kernel = weight.permute(0, 3, 1, 2).to(x.dtype)  # (O, I, KH, KW)
+    # Contiguous, or it would turn all activations channels-last, which the grouped
+    # convolution that vmap makes of the weight gradient copies back.
+    kernel = weight.permute(0, 3, 1, 2).to(x.dtype).contiguous()  # (O, I, KH, KW)
     y = F.conv2d(x, kernel, bias.to(x.dtype), stride=stride, padding=padding)
     return y if residual is None else y + residual
 

@@ -79,7 +79,7 @@ def test_convolution_is_torchs_with_standardised_weights() -> None:
     weight = standardize(layer.weight, layer.gain).permute(0, 3, 1, 2)
     expected = nn.functional.conv2d(x, weight, layer.bias, stride=2, padding=1)
 
-    assert torch.equal(layer(x), expected)
+    torch.testing.assert_close(layer(x), expected, rtol=1e-12, atol=1e-12)
     assert layer(x).shape == (2, 4, 4, 4)
 
 
