@@ -1,6 +1,7 @@
 """From faults to exit codes: one clear line each on stderr, never a traceback."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -24,6 +25,9 @@ def exit_code(command: Callable[[], int]) -> int:
         for line in str(error).splitlines():
             print(line, file=sys.stderr)
         return _USER_FAULT
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:  # before or after training, which handles its own
         print("interrupted", file=sys.stderr)
         return _INTERRUPTED
