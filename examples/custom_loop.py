@@ -10,11 +10,11 @@ import dpsgd
 
 digits = load_digits()
 images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 8 - 1
-labels = torch.tensor(digits.target)
-is_test = torch.arange(len(labels)) % 5 == 0
-train_images, train_labels = images[~is_test], labels[~is_test]
-
-NUM_EXAMPLES, BATCH, STEPS, DELTA = 1437, 256, 60, 1e-4  # public: declared, not counted
+labels, held_out = (
+    torch.tensor(digits.target),
+    torch.arange(len(digits.target)) % 5 == 0,
+)
+train_images, train_labels = images[~held_out], labels[~held_out]
 
 model = nn.Sequential(
     *(nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.GroupNorm(4, 16), nn.MaxPool2d(2)),
@@ -31,46 +31,35 @@ def loss_fn(params, image, label):
     return F.cross_entropy(logits, label[None], label_smoothing=0.1)
 
 
+# Public numbers: declared, never counted from private data.
+BATCH, NUM_EXAMPLES = 256, 1437
+PLAN = {"sample_rate": BATCH / NUM_EXAMPLES, "num_steps": 60, "delta": 1e-4}
 accountant = dpsgd.PRVAccountant()
+noise = dpsgd.calibrate_noise_multiplier(
+    target_epsilon=8.0, accountant=accountant, **PLAN
+)
 mechanism = dpsgd.DPSGDMechanism(
-    sample_rate=BATCH / NUM_EXAMPLES,
-    num_steps=STEPS,
-    noise_multiplier=dpsgd.calibrate_noise_multiplier(
-        target_epsilon=8.0,
-        sample_rate=BATCH / NUM_EXAMPLES,
-        num_steps=STEPS,
-        delta=DELTA,
-        accountant=accountant,
-    ),
-    clipping_norm=1.0,
-    expected_batch_size=BATCH,
-    delta=DELTA,
+    noise_multiplier=noise, clipping_norm=1.0, expected_batch_size=BATCH, **PLAN
 )
 streams = dpsgd.RandomStreams.from_seed(None)  # from the operating system's entropy
 sampler = dpsgd.PoissonSampler(
     num_rows=len(train_labels), sample_rate=mechanism.sample_rate, streams=streams
 )
-grad_fn = dpsgd.clipped_grad(
-    loss_fn, clipping_norm=mechanism.clipping_norm, microbatch_size=64
-)
-ledger = dpsgd.PrivacyLedger(mechanism, accountant)
+grad_fn = dpsgd.clipped_grad(loss_fn, clipping_norm=1.0, microbatch_size=64)
 
 for step in range(mechanism.num_steps):
-    ledger.require(step + 1)
     draw = torch.from_numpy(sampler.draw(step))  # any size; an empty draw counts too
     grads = grad_fn(params, train_images[draw], train_labels[draw])
-    noise_key = streams.noise_key(step)  # of this step, and of no other
     update = dpsgd.noisy_grad(
         grads.clipped_sum,
         mechanism,
         l2_sensitivity=grad_fn.l2_sensitivity,
-        noise_key=noise_key,
+        noise_key=streams.noise_key(step),  # of this step, and of no other
     )
     for name, leaf in params.items():
         leaf -= 2.0 * update[name]
 
-with torch.no_grad():
-    guesses = functional_call(model, params, (images[is_test],)).argmax(dim=1)
-accuracy = (guesses == labels[is_test]).float().mean().item()
-epsilon = ledger.epsilon_exactly(mechanism.num_steps)
-print(f"test accuracy {accuracy:.4f}, ({epsilon:.4f}, {DELTA:g})-DP")
+guesses = functional_call(model, params, (images[held_out],)).argmax(dim=1)
+accuracy = (guesses == labels[held_out]).float().mean()
+epsilon = dpsgd.PrivacyLedger(mechanism, accountant).epsilon_exactly(step + 1)
+print(f"test accuracy {accuracy:.4f}, ({epsilon:.4f}, {mechanism.delta:g})-DP")
