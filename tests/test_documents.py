@@ -1,9 +1,12 @@
+import contextlib
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 from small_runs import ROOT
 
+from dpsgd.cli import privacy, train
 from dpsgd.config import load_config
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -87,3 +90,23 @@ def test_the_name_of_a_config_tells_its_settings(path: Path) -> None:
         assert config.privacy.target_epsilon == epsilon
     else:
         assert path.stem == config.data.source
+
+
+def commands_of(text: str) -> list[list[str]]:
+    """The commands of a document that answer at once, without a run or data."""
+    lines = [line.split("#")[0].strip(" `") for line in code_of(text).splitlines()]
+    found = [shlex.split(line) for line in lines if line.startswith("bin/dpsgd-")]
+    return [
+        words for words in found if words[0].endswith("privacy") or "--plan" in words
+    ]
+
+
+@pytest.mark.slow
+def test_commands_of_the_readme_run(capsys: pytest.CaptureFixture[str]) -> None:
+    mains = {"bin/dpsgd-privacy": privacy.main, "bin/dpsgd-train": train.main}
+    commands = commands_of((ROOT / "README.md").read_text())
+
+    assert {words[0] for words in commands} == {*mains}
+    with contextlib.chdir(ROOT):
+        for name, *arguments in commands:
+            assert mains[name](arguments) == 0, capsys.readouterr().err
