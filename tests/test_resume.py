@@ -18,12 +18,14 @@ from small_runs import (
     command,
     dpsgd_train,
     read_lines,
+    small_config,
     without_times,
     write_config,
 )
 
 import dpsgd.train
 from dpsgd.checkpoint import read_tensors, write_tensors
+from dpsgd.config import with_absolute_paths
 from dpsgd.report import RunDirectory
 
 SGD = {"optimizer.momentum": 0.9, "train.num_steps": 10, "eval.every": 3}
@@ -260,6 +262,18 @@ def test_data_may_move_and_runtime_may_change(stopped: Path) -> None:
     changes = [f"data.train={moved}", "runtime.microbatch_size=5", "eval.every=1"]
     overrides = [word for change in changes for word in ("--set", change)]
     assert dpsgd_train("--resume", stopped, *overrides) == 0
+
+
+def test_a_run_finds_its_data_from_another_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small_config({"data.train": "train", "data.test": ("a", "b")})
+    monkeypatch.chdir(tmp_path)
+    data = with_absolute_paths(config).data
+
+    assert data.train == str(tmp_path / "train")
+    assert data.test == (str(tmp_path / "a"), str(tmp_path / "b"))
+    assert with_absolute_paths(small_config()) == small_config()
 
 
 def newest_checkpoint(run: Path) -> Path:

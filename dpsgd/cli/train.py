@@ -17,7 +17,12 @@ from rich.console import Console
 from dpsgd.assembly import assemble, plan_of
 from dpsgd.checkpoint import CheckpointStore, write_atomically, write_tensors
 from dpsgd.cli.errors import UsageParser, exit_code
-from dpsgd.config import Config, config_to_dict, load_config
+from dpsgd.config import (
+    Config,
+    config_to_dict,
+    load_config,
+    with_absolute_paths,
+)
 from dpsgd.errors import ConfigError, fault
 from dpsgd.planning import Plan
 from dpsgd.privacy import rounded_up
@@ -115,7 +120,7 @@ def _train(
         shown_step=last_evaluated_step(directory.metrics),
     )
     if not resumes:
-        directory.create(config_to_dict(config))
+        directory.create(config_to_dict(with_absolute_paths(config)))
         write_atomically(directory.environment, to_json(environment()).encode())
     with directory.locked():
         return _train_locked(console, config, directory, run, state, plan)

@@ -1,6 +1,11 @@
 """Typed settings: YAML into frozen dataclasses, every fault told at once."""
 
-from dpsgd.config.loader import config_to_dict, load_config, parse_config
+from dpsgd.config.loader import (
+    config_to_dict,
+    load_config,
+    parse_config,
+    with_absolute_paths,
+)
 from dpsgd.config.schema import (
     AugmentationName,
     Config,
@@ -30,4 +35,5 @@ __all__ = [
     "config_to_dict",
     "load_config",
     "parse_config",
+    "with_absolute_paths",
 ]

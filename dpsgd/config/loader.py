@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from dpsgd.config.coercion import Mismatch, coerce
 from dpsgd.config.schema import Config
 from dpsgd.errors import ConfigError, fault
 
-__all__ = ["config_to_dict", "load_config", "parse_config"]
+__all__ = ["config_to_dict", "load_config", "parse_config", "with_absolute_paths"]
 
 _Sections = dict[str, dict[str, Any]]
 
@@ -82,6 +83,23 @@ def config_to_dict(config: Config) -> _Sections:
         section: {key: plain(value) for key, value in values.items()}
         for section, values in dataclasses.asdict(config).items()
     }
+
+
+def with_absolute_paths(config: Config) -> Config:
+    """Returns settings whose data are found from any working directory."""
+
+    def absolute(value: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+        if isinstance(value, tuple):
+            return tuple(os.path.abspath(one) for one in value)
+        return value and os.path.abspath(value)
+
+    data = config.data
+    if data.source == "torchvision":
+        data = dataclasses.replace(data, root=os.path.abspath(data.root))
+    data = dataclasses.replace(
+        data, train=absolute(data.train), test=absolute(data.test)
+    )
+    return dataclasses.replace(config, data=data)
 
 
 class _PlainLoader(yaml.SafeLoader):
