@@ -50,7 +50,8 @@ def relu_group_norm(
     (arXiv:2204.13650), reference code.
     """
     channels = x.shape[1]
-    if runs_on_triton(x) and channels & (channels - 1) == 0:
+    has_kernel = channels & (channels - 1) == 0 and x.dtype != torch.float64
+    if has_kernel and runs_on_triton(x):
         y: Tensor = _ReluGroupNorm.apply(x, scale, shift, num_groups, eps)[0]
         return y
     wide = torch.promote_types(x.dtype, torch.float32)

@@ -130,3 +130,12 @@ def test_the_jacobian_of_the_standardisation_is_that_of_autograd(
         wanted = torch.stack([one[index] for one in expected])
         atol = 1e-5 * float(wanted.abs().max())
         torch.testing.assert_close(found.cpu().double(), wanted, rtol=1e-4, atol=atol)
+
+
+def test_float64_stays_float64(on_kernels: Callable[[], None]) -> None:
+    params = {name: leaf.double() for name, leaf in parameters().items()}
+    images = torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    expected = loss(params, images, torch.tensor(0))
+    on_kernels()  # which compute in float32
+
+    assert torch.equal(loss(params, images, torch.tensor(0)), expected)
