@@ -103,14 +103,13 @@ class VmapClippedGrad(ClippedGrad):
     ) -> PassStatistics:
         """Adds one microbatch's clipped gradients to `clipped_sum` in place."""
         with torch.no_grad():
-            if self.execution == "cuda_graph" and mask.is_cuda:
-                try:
-                    return self._replay(clipped_sum, params, *batch, mask)
-                except torch.OutOfMemoryError:
-                    raise
-                except RuntimeError as error:
-                    self._go_on_eagerly(error)
-            return self._pass(clipped_sum, params, *batch, mask)
+            outputs = self._replayed(params, *batch, mask)
+            if outputs is None:
+                return self._pass(clipped_sum, params, *batch, mask)
+            totals = [clipped_sum[name] for name in params]
+            torch._foreach_add_(totals, list(outputs[: len(params)]))
+            statistics = (one.clone() for one in outputs[len(params) :])
+            return PassStatistics(*statistics)
 
     def _pass(
         self, clipped_sum: Params, params: Params, *batch_and_mask: Tensor
@@ -131,16 +130,24 @@ class VmapClippedGrad(ClippedGrad):
             mask.sum(),
         )
 
-    def _replay(
-        self, clipped_sum: Params, params: Params, *batch_and_mask: Tensor
-    ) -> PassStatistics:
-        """Takes the pass from its recording, made anew when shapes change."""
+    def _replayed(
+        self, params: Params, *batch_and_mask: Tensor
+    ) -> tuple[Tensor, ...] | None:
+        """Returns what the recorded pass gives; None if there is to be none.
+
+        It touches no running sum, so that a pass which fails here and is then taken
+        eagerly is added once.
+        """
+        if self.execution != "cuda_graph" or not batch_and_mask[-1].is_cuda:
+            return None
         self._names = tuple(params)
-        outputs = self._recorded(tuple(params.values()), batch_and_mask)
-        sums, statistics = outputs[: len(params)], outputs[len(params) :]
-        totals = [clipped_sum[name] for name in self._names]
-        torch._foreach_add_(totals, list(sums))
-        return PassStatistics(*(one.clone() for one in statistics))
+        try:
+            return self._recorded(tuple(params.values()), batch_and_mask)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            self._go_on_eagerly(error)
+            return None
 
     def _recordable_pass(
         self, leaves: tuple[Tensor, ...], batch_and_mask: tuple[Tensor, ...]

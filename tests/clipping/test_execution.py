@@ -74,3 +74,28 @@ def test_a_recording_sees_what_changes_in_place() -> None:
     assert double((fixed,), (given,))[0].tolist() == [3.0] * 3
     fixed.fill_(5.0)
     assert double((fixed,), (given + 1,))[0].tolist() == [12.0] * 3
+
+
+def test_a_recording_that_fails_is_told_and_its_pass_is_added_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    class OnCuda(Tensor):
+        """A mask that says it lies on CUDA, where there is none."""
+
+        is_cuda = True
+
+    params, x, y = case(4, "cpu")
+    engine = clipped_grad(loss_fn, clipping_norm=0.5, execution="cuda_graph")
+    monkeypatch.setattr(engine, "_recorded", fail)
+    mask = torch.ones(4, dtype=torch.bool)
+    sums, expected = zeros_like(params), zeros_like(params)
+    with pytest.warns(UserWarning, match=r"runtime\.execution=cuda_graph: failed"):
+        engine.accumulate(sums, params, x, y, mask=mask.as_subclass(OnCuda))
+    clipped_grad(loss_fn, clipping_norm=0.5).accumulate(
+        expected, params, x, y, mask=mask
+    )
+
+    torch.testing.assert_close(sums["w"].as_subclass(Tensor), expected["w"])
