@@ -48,6 +48,15 @@ from dpsgd.trees import Params
 __all__ = ["assemble", "evaluator", "load_network", "plan_of"]
 
 _EVALUATION_BATCH = 500
+# What a state counts, as opposed to the tensors that it trains.
+_COUNTS = (
+    "step",
+    "best_accuracy",
+    "train_seconds",
+    "timed_steps",
+    "timed_seconds",
+    "wall_seconds",
+)
 
 
 def plan_of(config: Config) -> Plan:
@@ -86,15 +95,16 @@ def assemble(
     if checkpoint is not None:
         check_same_run(checkpoint, identity)
         mechanism = DPSGDMechanism.from_dict(checkpoint.facts["mechanism"])
-        config = _with_microbatch_size(config, checkpoint.facts["microbatch_size"])
+        size = checkpoint.facts["arithmetic"]["microbatch_size"]
+        config = _with_microbatch_size(config, size)
     facts = _with_classes(config, _facts(config, splits))
     plan = make_plan(config, facts, mechanism=mechanism)
-    identity["arithmetic"] = arithmetic_of(plan, config)
+    arithmetic = arithmetic_of(plan, config)
     streams = RandomStreams.from_seed(config.train.seed)
     if checkpoint is not None:
         check_mechanism(config, plan)
         streams = continued_streams(
-            checkpoint, arithmetic=identity["arithmetic"], shown_step=shown_step
+            checkpoint, arithmetic=arithmetic, shown_step=shown_step
         )
     model = _network(config, facts, splits)
     initialize(model, streams.generator("init"))
@@ -103,12 +113,17 @@ def assemble(
     state = _initial_state(config, trainable_params(model))
     if checkpoint is not None:
         _restore(state, checkpoint)
-    save = partial(_save, store, plan=plan, streams=streams, identity=identity)
+    constants = {
+        **identity,
+        "arithmetic": arithmetic,
+        "mechanism": plan.mechanism.to_dict(),
+        "streams": streams.to_dict(),
+    }
     run = Run(
         config=config,
         mechanism=plan.mechanism,
         streams=streams,
-        save=save,
+        save=partial(_save, store, constants=constants),
         keep_best=store.mark_best,
         evaluate=evaluator(config, splits, model, facts.class_names, plan.device),
         **_private_parts(config, plan, model, splits, streams),
@@ -287,32 +302,15 @@ def _save(
     store: CheckpointStore,
     state: TrainState,
     *,
-    plan: Plan,
-    streams: RandomStreams,
-    identity: Mapping[str, Any],
+    constants: Mapping[str, Any],
 ) -> None:
-    """Writes the checkpoint of a state."""
+    """Writes the checkpoint of a state, with what is constant in its run."""
     tensors = {f"params/{name}": leaf for name, leaf in state.params.items()}
     tensors |= {f"ema/{name}": leaf for name, leaf in (state.ema or {}).items()}
     optimizer = state.optimizer.state()
     tensors |= {f"optimizer/{name}": leaf for name, leaf in optimizer.items()}
-    facts = {
-        **identity,
-        "step": state.step,
-        "best_accuracy": state.best_accuracy,
-        "train_seconds": state.train_seconds,
-        "timed_steps": state.timed_steps,
-        "timed_seconds": state.timed_seconds,
-        "wall_seconds": state.wall_seconds,
-        "mechanism": plan.mechanism.to_dict(),
-        "streams": {
-            "key": streams.key.hex(),
-            "seeded": streams.seeded,
-            "noise_nonce": streams.noise_nonce.hex(),
-        },
-        "microbatch_size": plan.microbatch_size,
-    }
-    store.save(state.step, Checkpoint(tensors, facts))
+    counts = {name: getattr(state, name) for name in _COUNTS}
+    store.save(state.step, Checkpoint(tensors, {**constants, **counts}))
 
 
 def _restore(state: TrainState, checkpoint: Checkpoint) -> None:
@@ -326,12 +324,8 @@ def _restore(state: TrainState, checkpoint: Checkpoint) -> None:
         for name, leaf in leaves.items():
             leaf.copy_(groups[group][name])
     state.optimizer.load_state(groups["optimizer"])
-    state.step = checkpoint.facts["step"]
-    state.best_accuracy = checkpoint.facts["best_accuracy"]
-    state.train_seconds = checkpoint.facts["train_seconds"]
-    state.timed_steps = checkpoint.facts["timed_steps"]
-    state.timed_seconds = checkpoint.facts["timed_seconds"]
-    state.wall_seconds = checkpoint.facts["wall_seconds"]
+    for name in _COUNTS:
+        setattr(state, name, checkpoint.facts[name])
 
 
 def _check_shapes(group: str, saved: Params, present: Params) -> None:

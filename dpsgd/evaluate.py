@@ -34,6 +34,15 @@ class Evaluation:
     num_examples: int
 
     @property
+    def measures(self) -> dict[str, float]:
+        """Accuracies and loss under the names that tables show."""
+        return {
+            "top-1": self.accuracy,
+            "top-5": self.top5_accuracy,
+            "loss": self.loss,
+        }
+
+    @property
     def largest_gap(self) -> float:
         """Best minus worst class accuracy, in [0, 1], of classes with examples."""
         known = [a for a in self.per_class_accuracy.values() if not math.isnan(a)]

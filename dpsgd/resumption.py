@@ -19,7 +19,6 @@ from dpsgd.planning import Plan, build_mechanism
 from dpsgd.rng import RandomStreams
 
 __all__ = [
-    "FORMAT",
     "arithmetic_of",
     "check_mechanism",
     "check_same_run",
@@ -27,7 +26,7 @@ __all__ = [
     "identity_of",
 ]
 
-FORMAT = 2
+_FORMAT = 2
 # Where the data lie, how fast and how often we look may change between the pieces of
 # a run; everything else decides what is learned or guaranteed.
 _MAY_CHANGE = ("runtime", "eval", "report")
@@ -46,7 +45,7 @@ def identity_of(config: Config, splits: DataSplits) -> dict[str, Any]:
         "train": splits.train.fingerprint(),
         "test": splits.test.fingerprint(),
     }
-    return {"format": FORMAT, "settings": settings, "data": fingerprints}
+    return {"format": _FORMAT, "settings": settings, "data": fingerprints}
 
 
 def check_same_run(checkpoint: Checkpoint, identity: Mapping[str, Any]) -> None:
@@ -57,7 +56,7 @@ def check_same_run(checkpoint: Checkpoint, identity: Mapping[str, Any]) -> None:
             a fingerprint would confirm a guessed example.
     """
     saved = checkpoint.facts
-    lines = differences({"format": saved.get("format")}, {"format": FORMAT})
+    lines = differences({"format": saved.get("format")}, {"format": _FORMAT})
     lines += differences(saved.get("settings", {}), identity["settings"])
     for name, fingerprint in identity["data"].items():
         if saved.get("data", {}).get(name) != fingerprint:
@@ -129,12 +128,7 @@ def continued_streams(
         CheckpointError: Steps that were shown would be taken again with other noise,
             and so be paid for once but released twice.
     """
-    saved = checkpoint.facts["streams"]
-    streams = RandomStreams(
-        bytes.fromhex(saved["key"]),
-        seeded=saved["seeded"],
-        noise_nonce=bytes.fromhex(saved["noise_nonce"]),
-    )
+    streams = RandomStreams.from_dict(checkpoint.facts["streams"])
     on_cpu = arithmetic["device"] == "cpu"
     if on_cpu and checkpoint.facts["arithmetic"] == dict(arithmetic):
         return streams

@@ -12,8 +12,9 @@ published seed, or a published checkpoint, voids the guarantee.
 
 import hashlib
 import secrets
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -59,6 +60,23 @@ class RandomStreams:
             return cls(secrets.token_bytes(_KEY_BYTES), seeded=False)
         digest = hashlib.blake2b(str(seed).encode(), digest_size=_KEY_BYTES)
         return cls(digest.digest(), seeded=True)
+
+    def to_dict(self) -> dict[str, str | bool]:
+        """Returns the streams as JSON values: secret, like the key."""
+        return {
+            "key": self.key.hex(),
+            "seeded": self.seeded,
+            "noise_nonce": self.noise_nonce.hex(),
+        }
+
+    @classmethod
+    def from_dict(cls, state: Mapping[str, Any]) -> "RandomStreams":
+        """Returns the streams that `to_dict` described."""
+        return cls(
+            bytes.fromhex(state["key"]),
+            seeded=state["seeded"],
+            noise_nonce=bytes.fromhex(state["noise_nonce"]),
+        )
 
     def with_new_noise(self) -> "RandomStreams":
         """Returns the same streams but for the noise, which no one has seen before."""

@@ -69,12 +69,7 @@ def _run(arguments: argparse.Namespace) -> int:
         return 0
     console = Console(markup=False, emoji=False)  # classes may be [named so]
     console.print(per_class_table(result.per_class_accuracy))
-    measures = {
-        "top-1": result.accuracy,
-        "top-5": result.top5_accuracy,
-        "loss": result.loss,
-    }
-    console.print(result_table({weights: measures}, title=f"After {step} steps"))
+    console.print(result_table({weights: result.measures}, title=f"After {step} steps"))
     return 0
 
 

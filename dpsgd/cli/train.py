@@ -270,11 +270,7 @@ def _leave(
     write_tensors(directory.weights, weights, facts)
     write_atomically(directory.report, to_json(report, indent=2).encode())
     results = {
-        name: {
-            "top-1": one.accuracy,
-            "top-5": one.top5_accuracy,
-            "loss": one.loss,
-        }
+        name: one.measures
         for name, one in (("last", record.last), ("ema", record.ema))
         if one is not None
     }
