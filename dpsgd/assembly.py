@@ -95,8 +95,7 @@ def assemble(
     if checkpoint is not None:
         check_same_run(checkpoint, identity)
         mechanism = DPSGDMechanism.from_dict(checkpoint.facts["mechanism"])
-        size = checkpoint.facts["arithmetic"]["microbatch_size"]
-        config = _with_microbatch_size(config, size)
+        config = _with_microbatch_size(config, checkpoint)
     facts = _with_classes(config, _facts(config, splits))
     plan = make_plan(config, facts, mechanism=mechanism)
     arithmetic = arithmetic_of(plan, config)
@@ -126,32 +125,13 @@ def assemble(
         save=partial(_save, store, constants=constants),
         keep_best=store.mark_best,
         evaluate=evaluator(config, splits, model, facts.class_names, plan.device),
-        **_private_parts(config, plan, model, splits, streams),
+        ledger=_ledger(config, plan),
+        sampler=_sampler(plan, splits, streams),
+        load_views=_view_loader(config, plan, splits, streams),
+        grad_fn=_gradient_engine(config, plan, model),
     )
     run.ledger.require(1)  # a budget that one step exceeds trains nothing
     return run, state, plan
-
-
-def _private_parts(
-    config: Config,
-    plan: Plan,
-    model: nn.Module,
-    splits: DataSplits,
-    streams: RandomStreams,
-) -> dict[str, Any]:
-    """Returns the parts of a run that touch private data, or account for it."""
-    return {
-        "ledger": PrivacyLedger(
-            plan.mechanism, plan.accountant, max_epsilon=config.privacy.max_epsilon
-        ),
-        "sampler": PoissonSampler(
-            num_rows=len(splits.train),
-            sample_rate=plan.mechanism.sample_rate,
-            streams=streams,
-        ),
-        "load_views": _view_loader(config, plan, splits, streams),
-        "grad_fn": _gradient_engine(config, plan, model),
-    }
 
 
 def load_network(
@@ -217,6 +197,19 @@ def _check_labels(splits: DataSplits, num_classes: int) -> None:
             rule = f"row {row} has the label {int(dataset.labels[row])}"
             remedy = f"{field} must have labels below it, or raise it"
             raise DataError(fault("model.num_classes", num_classes, rule, remedy))
+
+
+def _ledger(config: Config, plan: Plan) -> PrivacyLedger:
+    """Returns the account of the run."""
+    limit = config.privacy.max_epsilon
+    return PrivacyLedger(plan.mechanism, plan.accountant, max_epsilon=limit)
+
+
+def _sampler(plan: Plan, splits: DataSplits, streams: RandomStreams) -> PoissonSampler:
+    """Returns "Take a random sample" for the training set."""
+    rate = plan.mechanism.sample_rate
+    num_rows = len(splits.train)
+    return PoissonSampler(num_rows=num_rows, sample_rate=rate, streams=streams)
 
 
 def _gradient_engine(config: Config, plan: Plan, model: nn.Module) -> ClippedGrad:
@@ -290,10 +283,11 @@ def _initial_state(config: Config, params: Params) -> TrainState:
     return TrainState(step=0, params=params, ema=ema, optimizer=optimizer)
 
 
-def _with_microbatch_size(config: Config, saved: int) -> Config:
+def _with_microbatch_size(config: Config, checkpoint: Checkpoint) -> Config:
     """Returns settings whose `auto` is what it was, so that rounding is the same."""
     if config.runtime.microbatch_size != "auto":
         return config
+    saved = checkpoint.facts["arithmetic"]["microbatch_size"]
     runtime = dataclasses.replace(config.runtime, microbatch_size=saved)
     return dataclasses.replace(config, runtime=runtime)
 
