@@ -44,18 +44,22 @@ _QUADS_PER_CHUNK = 1 << 16  # the reference's temporaries stay in cache
 _QUADS_PER_PROGRAM = 256
 
 
-def add_gaussian_noise_(total: Tensor, *, std: float, key: int, leaf: int) -> None:
+def add_gaussian_noise_(
+    total: Tensor, *, std: float, key: int, leaf: int, offset: int = 0
+) -> None:
     """Adds independent N(0, std^2) noise to every element, in place.
 
     Guarantees:
         The same (key, leaf) gives the same noise on every device, to float32
         rounding of log, sin and cos; different keys or leaves give unrelated noise.
+        A part of a tensor gets the noise of its place in the whole.
 
     Args:
         total: (...) float32 tensor, contiguous, of fewer than 2**34 elements.
         std: Standard deviation, >= 0, in units of `total`.
         key: Secret Philox key in [0, 2**64), used for one step and no other data.
         leaf: Which tensor of the step this is, in [0, 2**32).
+        offset: Elements of the whole tensor that lie before this part of it, >= 0.
 
     Raises:
         ValueError: `total` is not contiguous float32.
@@ -65,24 +69,25 @@ def add_gaussian_noise_(total: Tensor, *, std: float, key: int, leaf: int) -> No
             f"total={total.dtype}: noise is added to contiguous float32 sums; "
             "convert the sum first"
         )
-    if runs_on_triton(total):
-        add_gaussian_noise_triton_(total, std=std, key=key, leaf=leaf)
-    else:
-        add_gaussian_noise_reference_(total, std=std, key=key, leaf=leaf)
+    on_triton = runs_on_triton(total)
+    run = add_gaussian_noise_triton_ if on_triton else add_gaussian_noise_reference_
+    run(total, std=std, key=key, leaf=leaf, offset=offset)
 
 
 def add_gaussian_noise_reference_(
-    total: Tensor, *, std: float, key: int, leaf: int
+    total: Tensor, *, std: float, key: int, leaf: int, offset: int = 0
 ) -> None:
     """Does what `add_gaussian_noise_` does, in PyTorch."""
     flat = total.view(-1)
-    for start in range(0, flat.numel(), _DRAWS * _QUADS_PER_CHUNK):
-        chunk = flat[start : start + _DRAWS * _QUADS_PER_CHUNK]
-        num_quads = math.ceil(chunk.numel() / _DRAWS)
-        first = start // _DRAWS
+    skipped = offset % _DRAWS  # of the first quad, draws of elements before this part
+    for start in range(-skipped, flat.numel(), _DRAWS * _QUADS_PER_CHUNK):
+        stop = min(start + _DRAWS * _QUADS_PER_CHUNK, flat.numel())
+        first = (offset + start) // _DRAWS
+        num_quads = math.ceil((stop - start) / _DRAWS)
         quad = torch.arange(first, first + num_quads, device=total.device)
-        normals = _box_muller(philox_4x32(quad, leaf=leaf, key=key))
-        chunk.add_(normals.flatten()[: chunk.numel()], alpha=std)
+        normals = _box_muller(philox_4x32(quad, leaf=leaf, key=key)).flatten()
+        chunk = flat[max(start, 0) : stop]
+        chunk.add_(normals[max(-start, 0) : stop - start], alpha=std)
 
 
 def philox_4x32(quad: Tensor, *, leaf: int, key: int) -> list[Tensor]:
@@ -130,48 +135,71 @@ def _box_muller(words: list[Tensor]) -> Tensor:
 
 
 def add_gaussian_noise_triton_(
-    total: Tensor, *, std: float, key: int, leaf: int
+    total: Tensor, *, std: float, key: int, leaf: int, offset: int = 0
 ) -> None:
     """Does what `add_gaussian_noise_` does, in one Triton launch."""
     num_elements = total.numel()
     if num_elements == 0:
         return
-    grid = (triton.cdiv(num_elements, _DRAWS * _QUADS_PER_PROGRAM),)
-    signed_key = key - (1 << 64) if key >= 1 << 63 else key
+    first_quad, skipped = divmod(offset, _DRAWS)
+    grid = (triton.cdiv(num_elements + skipped, _DRAWS * _QUADS_PER_PROGRAM),)
     _gaussian_noise_kernel[grid](
-        total, num_elements, std, signed_key, leaf, QUADS=_QUADS_PER_PROGRAM
+        total,
+        num_elements,
+        std,
+        signed(key),
+        leaf,
+        first_quad,
+        skipped,
+        QUADS=_QUADS_PER_PROGRAM,
     )
 
 
+def signed(key: int) -> int:
+    """Returns the number in [-2**63, 2**63) with the 64 bits of a key."""
+    return key - (1 << 64) if key >= 1 << 63 else key
+
+
 if triton is not None:
-    # Key and leaf are data: one compiled kernel serves all their values.
-    @triton.jit(do_not_specialize=["key", "leaf"])
+    # Key, leaf and place are data: one compiled kernel serves all their values.
+    @triton.jit(do_not_specialize=["key", "leaf", "first_quad"])
     def _gaussian_noise_kernel(
-        total, num_elements, std, key, leaf, QUADS: tl.constexpr
+        total,
+        num_elements,
+        std,
+        key,
+        leaf,
+        first_quad,
+        skipped,
+        QUADS: tl.constexpr,
     ):
         """One program adds noise to 4 * QUADS elements."""
-        quad = tl.program_id(0).to(tl.int64) * QUADS + tl.arange(0, QUADS)
+        block = tl.program_id(0).to(tl.int64)
+        normals = standard_normals(first_quad + block * QUADS, leaf, key, QUADS)
+        element = block * QUADS * 4 - skipped + tl.arange(0, 4 * QUADS)
+        inside = (element >= 0) & (element < num_elements)
+        before = tl.load(total + element, mask=inside, other=0.0)
+        tl.store(total + element, before + normals * std, mask=inside)
+
+    @triton.jit
+    def standard_normals(first_quad, leaf, key, QUADS: tl.constexpr):
+        """Returns the normals of the 4 * QUADS elements from 4 * first_quad."""
+        quad = first_quad.to(tl.int64) + tl.arange(0, QUADS)
         low = (quad & 0xFFFFFFFF).to(tl.uint32)
         high = (quad >> 32).to(tl.uint32)
         third = low * 0 + leaf.to(tl.uint32)
         w0, w1, w2, w3 = tl.philox(key.to(tl.int64), low, high, third, low * 0)
-        u0 = w0.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10
-        u1 = w1.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10
-        u2 = w2.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10
-        u3 = w3.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10
-        r0 = tl.sqrt(-2.0 * tl.log(u0)) * std
-        r1 = tl.sqrt(-2.0 * tl.log(u2)) * std
-        a0 = u1 * 6.283185307179586
-        a1 = u3 * 6.283185307179586
-        element = quad * 4
-        _add(total, element, num_elements, r0 * tl.cos(a0))
-        _add(total, element + 1, num_elements, r0 * tl.sin(a0))
-        _add(total, element + 2, num_elements, r1 * tl.cos(a1))
-        _add(total, element + 3, num_elements, r1 * tl.sin(a1))
+        cosine0, sine0 = _box_muller_pair(w0, w1)
+        cosine1, sine1 = _box_muller_pair(w2, w3)
+        return tl.interleave(
+            tl.interleave(cosine0, cosine1), tl.interleave(sine0, sine1)
+        )
 
     @triton.jit
-    def _add(total, element, num_elements, value):
-        """Adds one value an element, where the element exists."""
-        inside = element < num_elements
-        before = tl.load(total + element, mask=inside, other=0.0)
-        tl.store(total + element, before + value, mask=inside)
+    def _box_muller_pair(first, second):
+        """Returns two standard normals for each pair of words of 32 bits."""
+        radius = first.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10
+        angle = second.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10
+        length = tl.sqrt(-2.0 * tl.log(radius))
+        angle = angle * 6.283185307179586
+        return length * tl.cos(angle), length * tl.sin(angle)

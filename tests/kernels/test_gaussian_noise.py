@@ -1,5 +1,6 @@
 """The noise: a known generator, a normal law, and for each element its own draw."""
 
+import itertools
 import random
 from collections.abc import Callable
 
@@ -147,6 +148,45 @@ def test_noise_is_the_same_however_long_the_tensor() -> None:
         np.testing.assert_array_equal(noise(length), whole[:length])
     chunk = 1 << 18
     assert (whole[:chunk] == whole[chunk : 2 * chunk]).mean() < 1e-3
+
+
+@pytest.fixture(params=["reference", "triton"])
+def kernel(request: pytest.FixtureRequest) -> Callable[..., None]:
+    if request.param == "reference":
+        return add_gaussian_noise_reference_
+    pytest.importorskip("triton")
+    return add_gaussian_noise_triton_
+
+
+@pytest.mark.parametrize("cuts", [(0,), (1,), (4, 5), (1_022, 1_029, 2_500), (3_000,)])
+def test_parts_of_a_tensor_get_the_noise_of_their_place(
+    kernel: Callable[..., None], kernel_device: torch.device, cuts: tuple[int, ...]
+) -> None:
+    whole, parts = torch.zeros(2, 3_000, device=kernel_device)
+    kernel(whole, std=2.0, key=KEY, leaf=1)
+    for start, stop in itertools.pairwise([0, *cuts, 3_000]):
+        kernel(parts[start:stop], std=2.0, key=KEY, leaf=1, offset=start)
+
+    assert torch.equal(parts, whole)
+
+
+def test_places_beyond_32_bits_have_their_own_noise(
+    kernel: Callable[..., None], kernel_device: torch.device
+) -> None:
+    far = 2**34 - 6  # the counter's low word ends within these elements
+    expected = [
+        value
+        for quad in range(far // 4, far // 4 + 4)
+        for value in box_muller(
+            philox_by_the_paper(
+                (quad % 2**32, quad >> 32, 0, 0), (KEY % 2**32, KEY >> 32)
+            )
+        )
+    ]
+    total = torch.zeros(12, device=kernel_device)
+    kernel(total, std=1.0, key=KEY, leaf=0, offset=far)
+
+    np.testing.assert_allclose(total.cpu(), expected[2:14], atol=5e-6)
 
 
 def test_noise_is_added_and_scaled() -> None:
