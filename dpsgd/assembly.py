@@ -274,7 +274,10 @@ def evaluator(
 
 def _initial_state(config: Config, params: Params) -> TrainState:
     """Returns the state before the first step."""
-    params = {name: leaf.clone() for name, leaf in params.items()}
+    contiguous = torch.contiguous_format
+    params = {
+        name: leaf.clone(memory_format=contiguous) for name, leaf in params.items()
+    }
     ema = None
     if config.ema.decay is not None:
         ema = {name: leaf.clone() for name, leaf in params.items()}

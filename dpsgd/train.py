@@ -17,7 +17,7 @@ from dpsgd.config import Config
 from dpsgd.data import PoissonSampler, ViewLoader
 from dpsgd.errors import UserError, fault
 from dpsgd.evaluate import Evaluation
-from dpsgd.optim import Optimizer, noisy_grad, update_ema_
+from dpsgd.optim import Optimizer, noisy_descent_
 from dpsgd.privacy import DPSGDMechanism, PrivacyLedger
 from dpsgd.rng import RandomStreams
 from dpsgd.trees import Params, zeros_like
@@ -188,19 +188,17 @@ def train_step(run: Run, state: TrainState) -> list[PassStatistics]:
         run.grad_fn.accumulate(clipped_sum, state.params, views, labels, mask=mask)
         for views, labels, mask in run.load_views(draw, state.step)
     ]
-    # "Add noise", and divide by the expected batch size L
-    noise_key = run.streams.noise_key(state.step)
-    grads = noisy_grad(
+    # "Add noise", divide by the expected batch size L, "Descent"; then the average
+    noisy_descent_(
         clipped_sum,
         run.mechanism,
+        state.optimizer,
         l2_sensitivity=run.grad_fn.l2_sensitivity,
-        noise_key=noise_key,
+        noise_key=run.streams.noise_key(state.step),
+        step=state.step,
+        ema=state.ema,
+        ema_decay=run.config.ema.decay,
     )
-    # "Descent"
-    state.optimizer.step(grads, step=state.step)
-    decay = run.config.ema.decay
-    if state.ema is not None and decay is not None:
-        update_ema_(state.ema, state.params, step=state.step, decay=decay)
     state.step += 1
     return passes
 

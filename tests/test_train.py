@@ -164,24 +164,23 @@ def test_clipped_sum_is_that_of_a_loop_over_examples(
 def record_releases(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """Makes every step leave its clipped sum, noise key and released gradient."""
     releases: list[dict[str, Any]] = []
-    release = dpsgd.train.noisy_grad
+    release = dpsgd.train.noisy_descent_
 
     def recorded(
-        clipped_sum: Params, mechanism: Any, *, noise_key: int, **sensitivity: float
-    ) -> Params:
+        clipped_sum: Params, mechanism: Any, optimizer: Any, **settings: Any
+    ) -> None:
         before = copies(clipped_sum)
-        grads = release(clipped_sum, mechanism, noise_key=noise_key, **sensitivity)
+        release(clipped_sum, mechanism, optimizer, **settings)
         releases.append(
             {
                 "clipped_sum": before,
                 "mechanism": mechanism,
-                "noise_key": noise_key,
-                "grads": copies(grads),
+                "noise_key": settings["noise_key"],
+                "grads": copies(clipped_sum),  # it was made private in place
             }
         )
-        return grads
 
-    monkeypatch.setattr(dpsgd.train, "noisy_grad", recorded)
+    monkeypatch.setattr(dpsgd.train, "noisy_descent_", recorded)
     return releases
 
 

@@ -3,12 +3,16 @@
 Abadi et al. 2016, Algorithm 1.
 """
 
+from torch import Tensor
+
 from dpsgd.errors import fault
-from dpsgd.kernels import add_gaussian_noise_
+from dpsgd.kernels import SGDStep, add_gaussian_noise_, noisy_sgd_
+from dpsgd.optim.ema import ema_decay_at, update_ema_
+from dpsgd.optim.optimizers import Optimizer
 from dpsgd.privacy import DPSGDMechanism
 from dpsgd.trees import Params
 
-__all__ = ["noisy_grad"]
+__all__ = ["noisy_descent_", "noisy_grad"]
 
 
 def noisy_grad(
@@ -46,12 +50,89 @@ def noisy_grad(
 
     Source: Abadi et al. 2016, Algorithm 1, "Add noise" (arXiv:1607.00133).
     """
-    if l2_sensitivity != mechanism.l2_sensitivity:
-        rule = f"the mechanism's noise is for {mechanism.l2_sensitivity}"
-        remedy = "give engine and mechanism one clipping norm and rescaling"
-        raise ValueError(fault("l2_sensitivity", l2_sensitivity, rule, remedy))
+    _check_sensitivity(l2_sensitivity, mechanism)
     for leaf, name in enumerate(sorted(clipped_sum)):
         total = clipped_sum[name]
         add_gaussian_noise_(total, std=mechanism.noise_std, key=noise_key, leaf=leaf)
         total.div_(mechanism.expected_batch_size)
     return clipped_sum
+
+
+def noisy_descent_(
+    clipped_sum: Params,
+    mechanism: DPSGDMechanism,
+    optimizer: Optimizer,
+    *,
+    l2_sensitivity: float,
+    noise_key: int,
+    step: int,
+    ema: Params | None,
+    ema_decay: float | None,
+) -> None:
+    """Adds noise, divides, steps the parameters and averages them, all in place.
+
+    That is `noisy_grad`, `Optimizer.step` and `update_ema_`, one after the other; with
+    SGD the three are one pass over the parameters, the same to float32 rounding.
+
+    Guarantees:
+        Those of `noisy_grad`. The clipped sum is overwritten by the private gradient,
+        and parameters, momenta and average depend on it through that alone.
+
+    Args:
+        clipped_sum: As for `noisy_grad`; leaves like the optimizer's parameters.
+        mechanism: As for `noisy_grad`.
+        optimizer: Holds parameters, rule and momenta.
+        l2_sensitivity: As for `noisy_grad`.
+        noise_key: As for `noisy_grad`.
+        step: Step number, 0 <= step < num_steps.
+        ema: Average so far, leaves like the parameters; None keeps none.
+        ema_decay: Decay reached in the end, in [0, 1); None keeps no average.
+
+    Raises:
+        ValueError: As `noisy_grad`, or a leaf is not like its parameters.
+
+    Source: Abadi et al. 2016, Algorithm 1, "Add noise", "Descent" (arXiv:1607.00133).
+    """
+    if optimizer.config.name != "sgd":
+        grads = noisy_grad(
+            clipped_sum, mechanism, l2_sensitivity=l2_sensitivity, noise_key=noise_key
+        )
+        optimizer.step(grads, step=step)
+        if ema is not None and ema_decay is not None:
+            update_ema_(ema, optimizer.params, step=step, decay=ema_decay)
+        return
+    _check_sensitivity(l2_sensitivity, mechanism)
+    names, momenta = sorted(clipped_sum), optimizer.momenta()
+    averages = None if ema is None or ema_decay is None else _leaves(ema, names)
+    noisy_sgd_(
+        _leaves(optimizer.params, names),
+        _leaves(clipped_sum, names),
+        step=SGDStep(
+            noise_std=mechanism.noise_std,
+            noise_key=noise_key,
+            divisor=mechanism.expected_batch_size,
+            learning_rate=optimizer.learning_rate(step),
+            momentum=optimizer.config.momentum,
+            weight_decay=optimizer.config.weight_decay,
+            ema_weight=1 - ema_decay_at(step, ema_decay or 0.0),
+        ),
+        momenta=None if momenta is None else _leaves(momenta, names),
+        averages=averages,
+    )
+
+
+def _check_sensitivity(l2_sensitivity: float, mechanism: DPSGDMechanism) -> None:
+    """Raises unless the mechanism's noise is for a sum of this sensitivity."""
+    if l2_sensitivity != mechanism.l2_sensitivity:
+        rule = f"the mechanism's noise is for {mechanism.l2_sensitivity}"
+        remedy = "give engine and mechanism one clipping norm and rescaling"
+        raise ValueError(fault("l2_sensitivity", l2_sensitivity, rule, remedy))
+
+
+def _leaves(tree: Params, names: list[str]) -> list[Tensor]:
+    """Returns the leaves of these names, which must be all."""
+    if tree.keys() != set(names):
+        odd = sorted(tree.keys() ^ set(names))
+        rule = "the sum must have the leaves of parameters and average, and no others"
+        raise ValueError(fault("clipped_sum", odd, rule, "sum over all parameters"))
+    return [tree[name] for name in names]

@@ -1,6 +1,7 @@
 """What is released: the sum plus noise of the promised size, over a public divisor."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,7 +10,8 @@ from numpy.typing import NDArray
 from scipy import stats
 from torch import Tensor
 
-from dpsgd.optim import noisy_grad
+from dpsgd.config import OptimizerConfig
+from dpsgd.optim import Optimizer, noisy_descent_, noisy_grad, update_ema_
 from dpsgd.privacy import DPSGDMechanism
 from dpsgd.rng import RandomStreams
 from dpsgd.trees import Params
@@ -195,3 +197,139 @@ def test_a_sum_of_another_type_or_layout_is_refused(leaf: Tensor) -> None:
 def test_noise_for_a_sum_of_another_sensitivity_is_refused() -> None:
     with pytest.raises(ValueError, match=r"l2_sensitivity=7\.0: the mechanism's noise"):
         noisy_grad(zeros(), mechanism(), l2_sensitivity=7.0, noise_key=1)
+
+
+RULES: dict[str, dict[str, Any]] = {
+    "sgd": {"name": "sgd"},
+    "momentum": {"name": "sgd", "momentum": 0.9},
+    "decayed": {"name": "sgd", "momentum": 0.9, "weight_decay": 0.1},
+    "scheduled": {"name": "sgd", "schedule": "cosine", "warmup_steps": 2},
+    "adamw": {"name": "adamw", "weight_decay": 0.1},
+}
+
+
+def optimizer_of(rule: str, params: Params) -> Optimizer:
+    config = OptimizerConfig(**{"learning_rate": 0.5, **RULES[rule]})
+    return Optimizer(params, config, num_steps=5)
+
+
+def sum_of(step: int) -> Params:
+    generator = torch.Generator().manual_seed(step)
+    return {
+        name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()
+    }
+
+
+def fused_step(
+    plan: DPSGDMechanism,
+    optimizer: Optimizer,
+    step: int,
+    *,
+    ema: Params | None = None,
+    ema_decay: float | None = None,
+) -> Params:
+    total = sum_of(step)
+    noisy_descent_(
+        total,
+        plan,
+        optimizer,
+        l2_sensitivity=plan.l2_sensitivity,
+        noise_key=STREAMS.noise_key(step),
+        step=step,
+        ema=ema,
+        ema_decay=ema_decay,
+    )
+    return total
+
+
+def separate_step(plan: DPSGDMechanism, optimizer: Optimizer, step: int) -> Params:
+    grads = noisy_grad(
+        sum_of(step),
+        plan,
+        l2_sensitivity=plan.l2_sensitivity,
+        noise_key=STREAMS.noise_key(step),
+    )
+    released = {name: leaf.clone() for name, leaf in grads.items()}
+    optimizer.step(grads, step=step)
+    return released
+
+
+def assert_equal(first: Params, second: Params) -> None:
+    assert first.keys() == second.keys()
+    assert all(torch.equal(leaf, second[name]) for name, leaf in first.items())
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("ema_decay", [None, 0.5])
+def test_one_pass_is_noise_then_step_then_average_bit_for_bit(
+    rule: str, ema_decay: float | None
+) -> None:
+    plan, fused, separate = mechanism(), sum_of(100), sum_of(100)
+    averages = [None if ema_decay is None else sum_of(101) for _ in range(2)]
+    optimizers = optimizer_of(rule, fused), optimizer_of(rule, separate)
+    for step in range(4):
+        released = fused_step(
+            plan, optimizers[0], step, ema=averages[0], ema_decay=ema_decay
+        )
+        assert_equal(released, separate_step(plan, optimizers[1], step))
+        if averages[1] is not None and ema_decay is not None:
+            update_ema_(averages[1], separate, step=step, decay=ema_decay)
+
+        assert_equal(fused, separate)
+        assert_equal(averages[0] or {}, averages[1] or {})
+        assert_equal(optimizers[0].state(), optimizers[1].state())
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_steps_of_both_kinds_may_follow_each_other(rule: str) -> None:
+    plan, mixed, separate = mechanism(), sum_of(100), sum_of(100)
+    optimizers = optimizer_of(rule, mixed), optimizer_of(rule, separate)
+    restored = optimizer_of(rule, mixed)
+    fused_step(plan, optimizers[0], 0)
+    separate_step(plan, optimizers[0], 1)
+    restored.load_state(optimizers[0].state())
+    fused_step(plan, restored, 2)
+    for step in range(3):
+        separate_step(plan, optimizers[1], step)
+
+    assert_equal(mixed, separate)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_no_rule_steps_along_a_sum_of_another_sensitivity(rule: str) -> None:
+    params, sums = sum_of(100), sum_of(0)
+    with pytest.raises(ValueError, match=r"l2_sensitivity=7\.0: the mechanism's noise"):
+        noisy_descent_(
+            sums,
+            mechanism(),
+            optimizer_of(rule, params),
+            l2_sensitivity=7.0,
+            noise_key=1,
+            step=0,
+            ema=None,
+            ema_decay=None,
+        )
+
+    assert_equal(params, sum_of(100))
+    assert_equal(sums, sum_of(0))
+
+
+@pytest.mark.parametrize("odd", ["sum", "average"])
+def test_leaves_that_do_not_pair_are_refused(odd: str) -> None:
+    params = sum_of(100)
+    sums, ema = sum_of(0), sum_of(101)
+    wrong = sums if odd == "sum" else ema
+    wrong["other"] = wrong.pop("gain")
+    with pytest.raises(ValueError, match=r"clipped_sum=\['gain', 'other'\]"):
+        noisy_descent_(
+            sums,
+            mechanism(),
+            optimizer_of("momentum", params),
+            l2_sensitivity=mechanism().l2_sensitivity,
+            noise_key=1,
+            step=0,
+            ema=ema,
+            ema_decay=0.5,
+        )
+
+    assert_equal(params, sum_of(100))
