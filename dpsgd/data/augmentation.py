@@ -10,9 +10,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dpsgd import kernels
+from dpsgd.data.dataset import upload
 from dpsgd.errors import ConfigError, fault
 
-__all__ = ["ViewParameters", "draw_views", "make_views", "normalize"]
+__all__ = [
+    "ViewParameters",
+    "cut_views",
+    "draw_views",
+    "make_views",
+    "normalize",
+    "pixel_levels",
+]
 
 _CROPPED = {"crop", "crop_flip"}
 _FLIPPED = {"flip", "crop_flip"}
@@ -52,8 +61,8 @@ class ViewParameters:
     def to(self, device: torch.device | str) -> "ViewParameters":
         """Returns the parameters on `device`."""
         return ViewParameters(
-            offsets=self.offsets.to(device),
-            flips=self.flips.to(device),
+            offsets=upload(self.offsets, device),
+            flips=upload(self.flips, device),
             padding=self.padding,
         )
 
@@ -113,7 +122,7 @@ def make_views(
     """Normalises images and cuts their views.
 
     Each image is padded by mirroring, edge pixel included, then cropped to its own
-    size, then flipped: one gather by index arithmetic, and no padded copy.
+    size, then flipped.
 
     Args:
         images: (M, C, H, W) uint8, on any device.
@@ -123,7 +132,8 @@ def make_views(
         dtype: Float type of the result.
 
     Returns:
-        (M, K, C, H, W) of `dtype`, contiguous.
+        (M, K, C, H, W) of `dtype`; the values are those of `normalize` on the CPU, to
+        the last bit, on every device.
 
     Raises:
         ConfigError: The padding exceeds the image's side, or `mean` or `std` does not
@@ -132,23 +142,57 @@ def make_views(
     Source: De et al. 2022 (arXiv:2204.13650), reference code: normalise, symmetric
     padding, random crop, random flip.
     """
-    _, num_channels, height, width = images.shape
-    _check_padding(parameters.padding, min(height, width))
-    pixels = normalize(images, mean=mean, std=std, dtype=dtype)
-    top = parameters.offsets[:, :, 0, None] - parameters.padding
-    left = parameters.offsets[:, :, 1, None] - parameters.padding
-    across = torch.arange(width, device=images.device)
-    across = torch.where(parameters.flips[:, :, None], width - 1 - across, across)
-    rows = _mirror(top + torch.arange(height, device=images.device), height)
-    columns = _mirror(left + across, width)  # (M, K, W)
-    example = torch.arange(len(images), device=images.device)
-    channel = torch.arange(num_channels, device=images.device)
-    return pixels[
-        example[:, None, None, None, None],
-        channel[:, None, None],
-        rows[:, :, None, :, None],
-        columns[:, :, None, None, :],
-    ]  # (M, K, C, H, W)
+    levels = pixel_levels(images.shape[1], mean=mean, std=std, dtype=dtype)
+    return cut_views(images, levels.to(images.device), parameters)
+
+
+def cut_views(images: Tensor, levels: Tensor, parameters: ViewParameters) -> Tensor:
+    """Does what `make_views` does, with constants made once.
+
+    Args:
+        images: (M, C, H, W) uint8, on any device.
+        levels: (C, 256), what `pixel_levels` returns, on the same device.
+        parameters: Views of these M examples, on the same device.
+
+    Returns:
+        (M, K, C, H, W) of the type of `levels`.
+
+    Raises:
+        ConfigError: The padding exceeds the image's side.
+    """
+    _check_padding(parameters.padding, min(images.shape[2:]))
+    return kernels.make_views(
+        images,
+        levels,
+        offsets=parameters.offsets,
+        flips=parameters.flips,
+        padding=parameters.padding,
+    )
+
+
+def pixel_levels(
+    num_channels: int,
+    *,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    dtype: torch.dtype,
+) -> Tensor:
+    """Returns what `normalize` makes of each of the 256 pixel values.
+
+    Args:
+        num_channels: Channels C of the images.
+        mean: As for `normalize`.
+        std: As for `normalize`.
+        dtype: Float type of the result.
+
+    Returns:
+        (C, 256) of `dtype`, on the CPU.
+
+    Raises:
+        ConfigError: As `normalize`.
+    """
+    pixels = torch.arange(256, dtype=torch.uint8).expand(num_channels, 1, 256)
+    return normalize(pixels, mean=mean, std=std, dtype=dtype)[:, 0]
 
 
 def normalize(
@@ -206,12 +250,6 @@ def _check_padding(padding: int, side: int) -> None:
             "lower it: no more pixels can be mirrored",
         )
         raise ConfigError(message)
-
-
-def _mirror(index: Tensor, size: int) -> Tensor:
-    """Folds indices up to `size` outside [0, size) back, edge repeated."""
-    index = torch.where(index < 0, -1 - index, index)
-    return torch.where(index >= size, 2 * size - 1 - index, index)
 
 
 def _per_channel(field: str, values: tuple[float, ...], num_channels: int) -> Tensor:

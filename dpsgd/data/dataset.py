@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dpsgd.errors import DataError, fault
 
-__all__ = ["DataSplits", "ImageDataset", "place"]
+__all__ = ["DataSplits", "ImageDataset", "place", "upload"]
 
 # Activations and per-sample gradients need the rest of the memory.
 _SHARE_OF_FREE_MEMORY = 1 / 3
@@ -133,6 +133,18 @@ def place(dataset: ImageDataset, device: torch.device | str) -> ImageDataset:
         if needed > free_bytes * _SHARE_OF_FREE_MEMORY:
             return dataset
     return dataset.to(target)
+
+
+def upload(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """Returns a tensor on `device`, without waiting for what that is doing.
+
+    A copy from ordinary memory would wait until the device has finished all its work;
+    one from pinned memory takes its place behind it.
+    """
+    device = torch.device(device)
+    if device.type == "cuda" and not tensor.is_cuda:
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def _check_tensor(name: str, tensor: Tensor, dtype: torch.dtype, shape: str) -> None:
