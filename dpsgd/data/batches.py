@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dpsgd.config import DataConfig
-from dpsgd.data.augmentation import draw_views, make_views
-from dpsgd.data.dataset import ImageDataset
+from dpsgd.data.augmentation import cut_views, draw_views, pixel_levels
+from dpsgd.data.dataset import ImageDataset, upload
 from dpsgd.data.sampling import microbatches
 from dpsgd.rng import RandomStreams
 
@@ -18,6 +18,9 @@ __all__ = ["ViewLoader"]
 
 class ViewLoader:
     """Makes the K views of every drawn example, one microbatch at a time.
+
+    All that a step draws goes to the device at once, before the first microbatch, and
+    nothing here waits for the device: it never runs out of work within a step.
 
     Args:
         dataset: Training examples, on any device.
@@ -40,9 +43,12 @@ class ViewLoader:
     ) -> None:
         self._dataset = dataset
         self._config = config
+        levels = pixel_levels(
+            dataset.images.shape[1], mean=config.mean, std=config.std, dtype=dtype
+        )
+        self._levels = upload(levels, device)
         self._streams = streams
         self._microbatch_size = microbatch_size
-        self._dtype = dtype
         self._device = device
 
     def __call__(
@@ -56,6 +62,8 @@ class ViewLoader:
             draw: Rows of the drawn examples, each once.
             step: Step number, from which the augmentation follows.
         """
+        if len(draw) == 0:
+            return
         parameters = draw_views(
             self._streams.generator("augmentation", step),
             len(draw),
@@ -63,15 +71,14 @@ class ViewLoader:
             crop_padding=self._config.crop_padding,
             augmentation_multiplicity=self._config.augmentation_multiplicity,
         ).to(self._device)
-        home = self._dataset.images.device
-        for microbatch in microbatches(draw, self._microbatch_size):
-            rows = torch.from_numpy(microbatch.rows).to(home)
-            views = make_views(
-                self._dataset.images[rows].to(self._device),
-                parameters.microbatch(microbatch.start, len(rows)),
-                mean=self._config.mean,
-                std=self._config.std,
-                dtype=self._dtype,
-            )
-            labels = self._dataset.labels[rows].to(self._device)
-            yield views, labels, torch.from_numpy(microbatch.mask).to(self._device)
+        parts = list(microbatches(draw, self._microbatch_size))
+        rows = torch.from_numpy(np.stack([part.rows for part in parts]))  # (P, M)
+        mask = torch.from_numpy(np.stack([part.mask for part in parts]))
+        rows = upload(rows, self._dataset.images.device)
+        labels = upload(self._dataset.labels[rows], self._device)
+        mask = upload(mask, self._device)
+        for index, part in enumerate(parts):
+            images = upload(self._dataset.images[rows[index]], self._device)
+            part_parameters = parameters.microbatch(part.start, len(part.rows))
+            views = cut_views(images, self._levels, part_parameters)
+            yield views, labels[index], mask[index]

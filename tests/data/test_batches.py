@@ -1,0 +1,132 @@
+"""What reaches the device: every drawn example in its views, and nothing twice."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import dpsgd.data.batches
+from dpsgd.config import DataConfig
+from dpsgd.data import ImageDataset, ViewLoader, draw_views, make_views
+from dpsgd.data.dataset import upload
+from dpsgd.errors import ConfigError
+from dpsgd.rng import RandomStreams
+
+STREAMS = RandomStreams.from_seed(0)
+CONFIG = DataConfig(
+    source="digits",
+    mean=(0.49, 0.48, 0.44),
+    std=(0.24, 0.25, 0.26),
+    augmentation="crop_flip",
+    crop_padding=2,
+    augmentation_multiplicity=3,
+)
+
+
+def dataset() -> ImageDataset:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (20, 3, 6, 5), generator=generator)
+    return ImageDataset(images=images.to(torch.uint8), labels=torch.arange(20))
+
+
+def loader(**changes: Any) -> ViewLoader:
+    settings = {"microbatch_size": 4, "dtype": torch.float32, **changes}
+    return ViewLoader(
+        dataset(),
+        config=settings.pop("config", CONFIG),
+        streams=STREAMS,
+        device=torch.device("cpu"),
+        **settings,
+    )
+
+
+def load(draw: list[int], step: int = 7, **changes: Any) -> list[tuple[Tensor, ...]]:
+    return list(loader(**changes)(np.array(draw, np.int64), step))
+
+
+@pytest.mark.parametrize("draw", [[3], [0, 2, 9, 19], list(range(1, 12))])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_drawn_example_comes_once_in_the_views_of_its_step(
+    draw: list[int], dtype: torch.dtype
+) -> None:
+    parts = load(draw, dtype=dtype)
+    mask = torch.cat([mask for _, _, mask in parts])
+    views = torch.cat([views for views, _, _ in parts])[mask]
+    labels = torch.cat([labels for _, labels, _ in parts])[mask]
+    expected = make_views(
+        dataset().images[draw],
+        draw_views(
+            STREAMS.generator("augmentation", 7),
+            len(draw),
+            augmentation="crop_flip",
+            crop_padding=2,
+            augmentation_multiplicity=3,
+        ),
+        mean=CONFIG.mean,
+        std=CONFIG.std,
+        dtype=dtype,
+    )
+
+    assert all(len(mask) == 4 for _, _, mask in parts)
+    assert mask.tolist() == [True] * len(draw) + [False] * (len(mask) - len(draw))
+    assert labels.tolist() == draw
+    assert torch.equal(views, expected)
+
+
+def test_an_empty_draw_yields_nothing() -> None:
+    assert load([]) == []
+
+
+def test_what_a_step_draws_is_uploaded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[tuple[int, ...]] = []
+
+    def counted(tensor: Tensor, device: torch.device) -> Tensor:
+        sent.append(tuple(tensor.shape))
+        return upload(tensor, device)
+
+    monkeypatch.setattr(dpsgd.data.batches, "upload", counted)
+    monkeypatch.setattr("dpsgd.data.augmentation.upload", counted)
+    load_views = loader()
+    counts = []
+    for size in (4, 20):
+        sent.clear()
+        list(load_views(np.arange(size), 0))
+        images = [shape for shape in sent if len(shape) == 4]
+        assert len(images) == size // 4  # gathered on the device, if they lie there
+        counts.append(len(sent) - len(images))
+
+    # Rows, labels, mask, offsets and flips, however many microbatches.
+    assert counts == [5, 5]
+
+
+def test_constants_that_do_not_fit_are_refused_before_the_first_step() -> None:
+    config = DataConfig(source="digits", mean=(0.1, 0.2))
+    with pytest.raises(ConfigError, match=r"data\.mean=\[0\.1, 0\.2\]"):
+        loader(config=config)
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
+@pytest.mark.parametrize("home", ["cpu", "cuda"])
+def test_a_step_never_waits_for_the_gpu(home: str) -> None:
+    load_views = ViewLoader(
+        dataset().to(home),
+        config=CONFIG,
+        streams=STREAMS,
+        microbatch_size=4,
+        dtype=torch.bfloat16,
+        device=torch.device("cuda"),
+    )
+    expected = load(list(range(11)), dtype=torch.bfloat16)
+    list(load_views(np.arange(11), 7))  # compiles the kernel
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        parts = list(load_views(np.arange(11), 7))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+    for part, other in zip(parts, expected, strict=True):
+        for one, two in zip(part, other, strict=True):
+            assert torch.equal(one.cpu(), two)
