@@ -1,6 +1,7 @@
 """Builds the parts of a run from its settings: each once, in one place."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 
 from dpsgd.checkpoint import Checkpoint, CheckpointStore, differences
-from dpsgd.clipping import ClippedGrad, clipped_grad
+from dpsgd.clipping import ClippedGrad, Execution, clipped_grad
 from dpsgd.config import Config
 from dpsgd.data import (
     DataSplits,
@@ -214,33 +215,42 @@ def _sampler(plan: Plan, splits: DataSplits, streams: RandomStreams) -> PoissonS
 
 def _gradient_engine(config: Config, plan: Plan, model: nn.Module) -> ClippedGrad:
     """Returns "Compute gradient" and "Clip gradient" for the network."""
-    on_gpu = plan.device.type == "cuda"
-    execution = config.runtime.execution
-    if execution == "auto":
-        execution = "cuda_graph" if on_gpu else "eager"
-    if execution == "cuda_graph" and not on_gpu:
-        rule = f"needs a CUDA device, and the run is on {plan.device}"
-        raise ConfigError(fault("runtime.execution", execution, rule, "take auto"))
     # Shapes are fixed, so the search for the fastest convolution pays at once.
-    torch.backends.cudnn.benchmark = on_gpu
+    torch.backends.cudnn.benchmark = plan.device.type == "cuda"
     return clipped_grad(
         per_example_loss(model),
         clipping_norm=plan.mechanism.clipping_norm,
         rescale_to_unit_norm=plan.mechanism.rescale_to_unit_norm,
         microbatch_size=plan.microbatch_size,
-        execution=execution,
+        execution=_execution(config, plan),
     )
+
+
+def _execution(config: Config, plan: Plan) -> Execution:
+    """Returns how passes run, which `auto` leaves to the device."""
+    on_gpu = plan.device.type == "cuda"
+    execution = config.runtime.execution
+    if execution == "cuda_graph" and not on_gpu:
+        rule = f"needs a CUDA device, and the run is on {plan.device}"
+        raise ConfigError(fault("runtime.execution", execution, rule, "take auto"))
+    if execution != "auto":
+        return execution
+    return "cuda_graph" if on_gpu else "eager"
 
 
 def _view_loader(
     config: Config, plan: Plan, splits: DataSplits, streams: RandomStreams
 ) -> ViewLoader:
     """Returns what turns draws of the training set into views."""
+    # A draw ends, on average, half a microbatch early. Two sizes are worth recording.
+    is_recorded = _execution(config, plan) == "cuda_graph"
+    half = math.ceil(plan.microbatch_size / 2)
     return ViewLoader(
         place(splits.train, plan.device),
         config=config.data,
         streams=streams,
         microbatch_size=plan.microbatch_size,
+        padded_to=half if is_recorded else None,
         dtype=getattr(torch, config.model.compute_dtype),
         device=plan.device,
     )

@@ -27,6 +27,7 @@ class ViewLoader:
         config: Augmentation, its multiplicity, and normalisation constants.
         streams: Streams of the run, of which `augmentation` is used.
         microbatch_size: Examples M of every microbatch; the last one is padded.
+        padded_to: The last one is padded to a multiple of this; None pads it to M.
         dtype: Type of the views.
         device: Where views are made.
     """
@@ -38,6 +39,7 @@ class ViewLoader:
         config: DataConfig,
         streams: RandomStreams,
         microbatch_size: int,
+        padded_to: int | None = None,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
@@ -49,6 +51,7 @@ class ViewLoader:
         self._levels = upload(levels, device)
         self._streams = streams
         self._microbatch_size = microbatch_size
+        self._padded_to = padded_to
         self._device = device
 
     def __call__(
@@ -71,14 +74,19 @@ class ViewLoader:
             crop_padding=self._config.crop_padding,
             augmentation_multiplicity=self._config.augmentation_multiplicity,
         ).to(self._device)
-        parts = list(microbatches(draw, self._microbatch_size))
-        rows = torch.from_numpy(np.stack([part.rows for part in parts]))  # (P, M)
-        mask = torch.from_numpy(np.stack([part.mask for part in parts]))
+        parts = list(
+            microbatches(draw, self._microbatch_size, padded_to=self._padded_to)
+        )
+        rows = torch.from_numpy(np.concatenate([part.rows for part in parts]))
+        mask = torch.from_numpy(np.concatenate([part.mask for part in parts]))
         rows = upload(rows, self._dataset.images.device)
         labels = upload(self._dataset.labels[rows], self._device)
         mask = upload(mask, self._device)
-        for index, part in enumerate(parts):
-            images = upload(self._dataset.images[rows[index]], self._device)
-            part_parameters = parameters.microbatch(part.start, len(part.rows))
-            views = cut_views(images, self._levels, part_parameters)
-            yield views, labels[index], mask[index]
+        for part in parts:
+            size = len(part.rows)
+            place = slice(part.start, part.start + size)
+            images = upload(self._dataset.images[rows[place]], self._device)
+            views = cut_views(
+                images, self._levels, parameters.microbatch(part.start, size)
+            )
+            yield views, labels[place], mask[place]

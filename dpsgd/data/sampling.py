@@ -130,7 +130,9 @@ class Microbatch:
     start: int
 
 
-def microbatches(draw: NDArray[np.int64], microbatch_size: int) -> Iterator[Microbatch]:
+def microbatches(
+    draw: NDArray[np.int64], microbatch_size: int, *, padded_to: int | None = None
+) -> Iterator[Microbatch]:
     """Splits a draw into parts of one fixed size, the last one padded.
 
     Guarantees:
@@ -140,6 +142,8 @@ def microbatches(draw: NDArray[np.int64], microbatch_size: int) -> Iterator[Micr
     Args:
         draw: (R,) int64 rows, R >= 0.
         microbatch_size: M >= 1; changes memory and speed only.
+        padded_to: The last part has the smallest multiple of this that holds its
+            rows, M at most; None pads it to M like the others.
 
     Yields:
         ceil(R / M) parts. Their number depends on private data; it may steer the
@@ -164,9 +168,11 @@ def microbatches(draw: NDArray[np.int64], microbatch_size: int) -> Iterator[Micr
             "use auto or a positive number",
         )
         raise ConfigError(message)
+    step = padded_to or microbatch_size
     for start in range(0, len(draw), microbatch_size):
         part = draw[start : start + microbatch_size]
-        rows = np.zeros(microbatch_size, np.int64)
+        size = min(microbatch_size, math.ceil(len(part) / step) * step)
+        rows = np.zeros(size, np.int64)
         rows[: len(part)] = part
-        mask = np.arange(microbatch_size) < len(part)
+        mask = np.arange(size) < len(part)
         yield Microbatch(rows=rows, mask=mask, start=start)

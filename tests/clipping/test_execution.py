@@ -1,12 +1,14 @@
 """How a pass runs changes nothing but its speed."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 
 from dpsgd.clipping import clipped_grad
-from dpsgd.clipping.capture import CapturedFunction
+from dpsgd.clipping.capture import CapturedFunction, Recording
 from dpsgd.clipping.vmap import VmapClippedGrad
 from dpsgd.trees import Params, zeros_like
 
@@ -74,6 +76,52 @@ def test_a_recording_sees_what_changes_in_place() -> None:
     assert double((fixed,), (given,))[0].tolist() == [3.0] * 3
     fixed.fill_(5.0)
     assert double((fixed,), (given + 1,))[0].tolist() == [12.0] * 3
+
+
+class Graph:
+    """Stands for a CUDA graph where there is none: what it does was done already."""
+
+    def replay(self) -> None:
+        pass
+
+
+def test_two_sets_of_shapes_are_kept_until_tensors_move(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recorded: list[int] = []
+
+    def record(self: CapturedFunction, fixed: Any, inputs: Any) -> Recording:
+        recorded.append(len(inputs[0]))
+        return Recording(Graph(), tuple(one.clone() for one in inputs), inputs)
+
+    monkeypatch.setattr(CapturedFunction, "_record", record)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    function = CapturedFunction(lambda fixed, inputs: inputs)
+    here, there = (torch.zeros(1),), (torch.zeros(1),)
+    for size in (4, 2, 4, 2, 4):
+        function(here, (torch.zeros(size),))
+    assert recorded == [4, 2]
+    for size in (4, 2):
+        function(there, (torch.zeros(size),))
+    assert recorded == [4, 2, 4, 2]
+    for size in (3, 3, 4, 3):  # memory is not filled with shapes
+        function(there, (torch.zeros(size),))
+    assert recorded == [4, 2, 4, 2, 3, 4]
+
+
+@pytest.mark.gpu
+def test_recordings_that_share_memory_do_not_disturb_each_other() -> None:
+    engine = clipped_grad(loss_fn, clipping_norm=0.5, execution="cuda_graph")
+    eager = clipped_grad(loss_fn, clipping_norm=0.5)
+    params, x, y = case(8, "cuda")
+    sums, wanted = zeros_like(params), zeros_like(params)
+    for size in (8, 4, 8, 4, 4, 8):
+        mask = torch.ones(size, dtype=torch.bool, device="cuda")
+        engine.accumulate(sums, params, x[:size], y[:size], mask=mask)
+        eager.accumulate(wanted, params, x[:size], y[:size], mask=mask)
+
+    for name, expected in wanted.items():
+        torch.testing.assert_close(sums[name], expected, rtol=1e-5, atol=1e-6)
 
 
 def test_a_recording_that_fails_is_told_and_its_pass_is_added_once(

@@ -48,10 +48,11 @@ def load(draw: list[int], step: int = 7, **changes: Any) -> list[tuple[Tensor, .
 
 @pytest.mark.parametrize("draw", [[3], [0, 2, 9, 19], list(range(1, 12))])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("padded_to", [None, 2])
 def test_every_drawn_example_comes_once_in_the_views_of_its_step(
-    draw: list[int], dtype: torch.dtype
+    draw: list[int], dtype: torch.dtype, padded_to: int | None
 ) -> None:
-    parts = load(draw, dtype=dtype)
+    parts = load(draw, dtype=dtype, padded_to=padded_to)
     mask = torch.cat([mask for _, _, mask in parts])
     views = torch.cat([views for views, _, _ in parts])[mask]
     labels = torch.cat([labels for _, labels, _ in parts])[mask]
@@ -69,7 +70,9 @@ def test_every_drawn_example_comes_once_in_the_views_of_its_step(
         dtype=dtype,
     )
 
-    assert all(len(mask) == 4 for _, _, mask in parts)
+    sizes = [len(mask) for _, _, mask in parts]
+    assert sizes[:-1] == [4] * (len(parts) - 1)
+    assert sizes[-1] == (2 if padded_to == 2 and len(draw) % 4 in (1, 2) else 4)
     assert mask.tolist() == [True] * len(draw) + [False] * (len(mask) - len(draw))
     assert labels.tolist() == draw
     assert torch.equal(views, expected)

@@ -267,6 +267,24 @@ def test_padding_repeats_row_zero_with_a_false_mask() -> None:
     np.testing.assert_array_equal(part.mask, [True, True, False, False])
 
 
+@pytest.mark.parametrize(
+    ("num_rows", "sizes"),
+    [(1, [3]), (3, [3]), (4, [5]), (5, [5]), (6, [5, 3]), (9, [5, 5]), (13, [5, 5, 3])],
+)
+def test_the_last_part_is_no_longer_than_it_must_be(
+    num_rows: int, sizes: list[int]
+) -> None:
+    draw = np.arange(1, num_rows + 1)
+    parts = list(microbatches(draw, 5, padded_to=3))
+
+    assert [len(part.rows) for part in parts] == sizes
+    assert [len(part.mask) for part in parts] == sizes
+    assert [part.start for part in parts] == list(range(0, num_rows, 5))
+    held = np.concatenate([part.rows[part.mask] for part in parts])
+    np.testing.assert_array_equal(held, draw)
+    assert not any(part.rows[~part.mask].any() for part in parts)
+
+
 def test_an_empty_draw_has_no_microbatch() -> None:
     assert list(microbatches(np.empty(0, np.int64), 4)) == []
 
