@@ -22,7 +22,10 @@ def num_elements(params: Mapping[str, Tensor]) -> int:
 
 def zeros_like(params: Mapping[str, Tensor]) -> Params:
     """Returns contiguous float32 zeros in the shape, order and device of `params`."""
-    return {
-        name: torch.zeros(leaf.shape, dtype=torch.float32, device=leaf.device)
+    zeros = {
+        name: torch.empty(leaf.shape, dtype=torch.float32, device=leaf.device)
         for name, leaf in params.items()
     }
+    if zeros:
+        torch._foreach_zero_(list(zeros.values()))  # one launch, not one a leaf
+    return zeros

@@ -19,6 +19,7 @@ def test_zeros_are_float32_in_the_shape_and_order_of_the_leaves() -> None:
         assert leaf.dtype == torch.float32
         assert leaf.shape == leaves[name].shape
         assert not leaf.any()
+    assert zeros_like({}) == {}
 
 
 def test_zeros_share_no_memory_with_the_leaves() -> None:
