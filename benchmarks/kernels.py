@@ -1,0 +1,431 @@
+"""Time of each fused operator, the least that its work can take, and its error.
+
+The least time is what a copy takes for the bytes that must be moved, or a matrix
+product for the multiplications, whichever is longer; both are measured in the same run.
+The error is the largest difference from float64, over the largest value.
+
+    python benchmarks/kernels.py --save benchmarks/results/kernels_NAME.json
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from dpsgd.config import ModelConfig
+from dpsgd.kernels import (
+    SGDStep,
+    add_gaussian_noise_,
+    clip_accumulate_,
+    make_views,
+    noisy_sgd_,
+    relu_group_norm,
+)
+from dpsgd.kernels.conv_weight_grad import conv_weight_grad, conv_weight_grad_reference
+from dpsgd.kernels.dispatch import runs_on_triton
+from dpsgd.kernels.gaussian_noise import philox_4x32
+from dpsgd.kernels.make_views import make_views_reference
+from dpsgd.kernels.standardized_conv import (
+    standardized_weight,
+    unstandardize_reference,
+    unstandardize_triton,
+)
+from dpsgd.models import build_model, trainable_params
+from dpsgd.report import environment, to_json
+
+KEY = 0x9D39247E33776D41
+PADDING, GROUPS, EPS = 4, 16, 1e-5
+COPIED_BYTES = {"cuda": 1 << 30, "cpu": 1 << 26}
+PRODUCT_SIDE = {"cuda": 8192, "cpu": 512}
+CLEARED_BYTES = 1 << 32
+WARM_UPS, PASSES = 2, 9
+
+Result = tuple[Tensor, ...]
+
+
+class Work(NamedTuple):
+    """How much work: a WRN-16-4 pass on CUDA, a trial of the same shape elsewhere."""
+
+    examples: int
+    views: int
+    width: int
+    side: int
+    device: torch.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of activations."""
+        return torch.bfloat16 if self.device.type == "cuda" else torch.float32
+
+    def normals(self, *shape: int) -> Tensor:
+        """Returns float32 normals."""
+        return torch.randn(shape, device=self.device)
+
+    def images(self, channels: int, shrunk: int) -> Tensor:
+        """Returns activations (M, K, C, H, W), each image channels-last."""
+        side = self.side // shrunk
+        shape = (self.examples, self.views, side, side, channels)
+        return self.normals(*shape).to(self.dtype).permute(0, 1, 4, 2, 3)
+
+    def parameters(self) -> list[Tensor]:
+        """Returns leaves of the network, by name."""
+        config = ModelConfig(depth=16, width=self.width)
+        model = build_model(config, image_shape=(3, 32, 32), num_classes=10)
+        leaves = sorted(trainable_params(model).items())
+        return [self.normals(*leaf.shape) for _, leaf in leaves]
+
+
+class Case(NamedTuple):
+    """An operator at work.
+
+    Attributes:
+        run: Does the work once and returns what it made; it may change its inputs.
+        exact: Returns the same in float64; called before `run`, which it must not use.
+        num_bytes: Least number of bytes to read and write.
+        num_flops: Two for each multiplication with an addition.
+    """
+
+    run: Callable[[], Result]
+    exact: Callable[[], Result]
+    num_bytes: int
+    num_flops: int = 0
+
+
+def wide(*tensors: Tensor) -> list[Tensor]:
+    return [tensor.double() for tensor in tensors]
+
+
+def nbytes(*tensors: Tensor) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def gaussian_noise(work: Work) -> Case:
+    """Noise on one tensor as long as all parameters."""
+    total = torch.cat([leaf.flatten() for leaf in work.parameters()])
+
+    def run() -> Result:
+        add_gaussian_noise_(total, std=1.0, key=KEY, leaf=0)
+        return (total,)
+
+    return Case(
+        run, lambda: (total.double() + exact_noise(total, 0),), 2 * total.nbytes
+    )
+
+
+def exact_noise(like: Tensor, leaf: int) -> Tensor:
+    """Returns float64 normals of the same uniforms."""
+    quad = torch.arange(-(-like.numel() // 4), device=like.device)
+    words = philox_4x32(quad, leaf=leaf, key=KEY)
+    first, second, third, fourth = ((word.double() + 0.5) / 2**32 for word in words)
+    found = []
+    for radius, angle in ((first, second), (third, fourth)):
+        polar = torch.polar((-2 * radius.log()).sqrt(), 2 * torch.pi * angle)
+        found += [polar.real, polar.imag]
+    return torch.stack(found, dim=1).flatten()[: like.numel()].view(like.shape)
+
+
+def noisy_sgd(work: Work) -> Case:
+    """Noise, SGD with momentum, and average over all leaves."""
+    params, sums, momenta, averages = (work.parameters() for _ in range(4))
+    numbers = SGDStep(
+        noise_std=1.0,
+        noise_key=KEY,
+        divisor=64.0,
+        learning_rate=0.5,
+        momentum=0.9,
+        ema_weight=0.1,
+    )
+
+    def run() -> Result:
+        noisy_sgd_(params, sums, step=numbers, momenta=momenta, averages=averages)
+        return (*params, *averages)
+
+    def exact() -> Result:
+        new_params, new_averages = [], []
+        for leaf, group in enumerate(zip(params, sums, momenta, averages, strict=True)):
+            param, total, momentum, average = wide(*group)
+            grad = (total + exact_noise(total, leaf)) / 64 + 0.9 * momentum
+            new_params.append(param - 0.5 * grad)
+            new_averages.append(0.9 * average + 0.1 * new_params[-1])
+        return (*new_params, *new_averages)
+
+    return Case(run, exact, 8 * nbytes(*params))
+
+
+def views(work: Work) -> Case:
+    """Views of a microbatch of images with three channels."""
+    shape = (work.examples, 3, work.side, work.side)
+    images = torch.randint(256, shape, device=work.device, dtype=torch.uint8)
+    places = (work.examples, work.views)
+    how = {
+        "offsets": torch.randint(2 * PADDING + 1, (*places, 2), device=work.device),
+        "flips": torch.rand(places, device=work.device) < 0.5,
+    }
+    levels = work.normals(3, 256)
+    made = images.numel() * work.views * work.dtype.itemsize
+    return Case(
+        lambda: (make_views(images, levels.to(work.dtype), padding=PADDING, **how),),
+        lambda: (
+            make_views_reference(images, levels.double(), padding=PADDING, **how),
+        ),
+        images.nbytes + made,
+    )
+
+
+def clipping(work: Work) -> Case:
+    """The clipped sum of the per-sample gradients of all leaves."""
+    totals = work.parameters()
+    grads = [work.normals(work.examples, *leaf.shape) for leaf in totals]
+    factors = torch.rand(work.examples, device=work.device)
+
+    def run() -> Result:
+        for total, rows in zip(totals, grads, strict=True):
+            clip_accumulate_(total, rows, factors)
+        return tuple(totals)
+
+    def exact() -> Result:
+        return tuple(
+            total.double() + torch.einsum("m,m...->...", *wide(factors, rows))
+            for total, rows in zip(totals, grads, strict=True)
+        )
+
+    return Case(run, exact, nbytes(*grads) + 2 * nbytes(*totals))
+
+
+def unstandardize(channels: int) -> Callable[[Work], Case]:
+    """The Jacobian of weight standardisation, on the gradients of a 3x3 convolution."""
+
+    def build(work: Work) -> Case:
+        weight = work.normals(channels, 3, 3, channels)
+        grads = work.normals(work.examples, *weight.shape)
+        unit, factor, follows = standardized_weight(weight)
+        # The gain undoes the factor, so that gradients stay of one size when repeated.
+        constants = (unit, factor, follows, 1 / factor)
+        on_triton = runs_on_triton(grads)
+        operator = unstandardize_triton if on_triton else unstandardize_reference
+
+        def exact() -> Result:
+            rows = grads.double()
+            return unstandardize_reference(rows, *wide(*constants)), rows
+
+        return Case(
+            lambda: (operator(grads, *constants), grads), exact, 2 * grads.nbytes
+        )
+
+    return build
+
+
+def weight_grad(
+    in_channels: int, out_channels: int, shrunk: int, *, side: int = 3, stride: int = 1
+) -> Callable[[Work], Case]:
+    """Per-sample gradients of the weights and bias of a convolution."""
+
+    def build(work: Work) -> Case:
+        x = work.images(in_channels, shrunk)
+        grad_y = work.images(out_channels, shrunk * stride)
+        how: Any = {"kernel_size": side, "stride": stride, "padding": side // 2}
+        num_weights = out_channels * (side**2 * in_channels + 1)
+        return Case(
+            lambda: conv_weight_grad(x, grad_y, **how),
+            lambda: conv_weight_grad_reference(*wide(x, grad_y), **how),
+            nbytes(x, grad_y) + 4 * work.examples * num_weights,
+            2 * grad_y.numel() * side**2 * in_channels,
+        )
+
+    return build
+
+
+def norm(channels: int, shrunk: int) -> Callable[[Work], Case]:
+    """ReLU and group normalisation, forward."""
+
+    def build(work: Work) -> Case:
+        x = work.images(channels, shrunk).flatten(0, 1)
+        affine = work.normals(2, channels).unbind()
+
+        def run(*inputs: Tensor) -> Result:
+            return (relu_group_norm(*inputs, num_groups=GROUPS, eps=EPS),)
+
+        return Case(
+            lambda: run(x, *affine), lambda: run(*wide(x, *affine)), 2 * x.nbytes
+        )
+
+    return build
+
+
+def norm_backward(channels: int, shrunk: int) -> Callable[[Work], Case]:
+    """ReLU and group normalisation, backward to images, scale and shift."""
+
+    def build(work: Work) -> Case:
+        x, grad_y = (work.images(channels, shrunk).flatten(0, 1) for _ in range(2))
+        affine = work.normals(2, channels).unbind()
+
+        def backward(grad: Tensor, *inputs: Tensor) -> Callable[[], Result]:
+            leaves = [one.requires_grad_() for one in inputs]
+            y = relu_group_norm(*leaves, num_groups=GROUPS, eps=EPS)
+            return lambda: torch.autograd.grad(y, leaves, grad, retain_graph=True)
+
+        return Case(
+            backward(grad_y, x, *affine),
+            lambda: backward(*wide(grad_y, x.detach(), *affine))(),
+            3 * x.nbytes,
+        )
+
+    return build
+
+
+CASES: dict[str, Callable[[Work], Case]] = {
+    "noise": gaussian_noise,
+    "noise + SGD + average": noisy_sgd,
+    "views": views,
+    "clip and accumulate": clipping,
+    "unstandardize, 64 channels": unstandardize(64),
+    "unstandardize, 256 channels": unstandardize(256),
+    "weight gradient, 3 to 16 at 32": weight_grad(3, 16, 1),
+    "weight gradient, 64 to 64 at 32": weight_grad(64, 64, 1),
+    "weight gradient, 64 to 128, stride 2": weight_grad(64, 128, 1, stride=2),
+    "weight gradient, 64 to 128, 1x1, stride 2": weight_grad(
+        64, 128, 1, side=1, stride=2
+    ),
+    "weight gradient, 128 to 128 at 16": weight_grad(128, 128, 2),
+    "weight gradient, 256 to 256 at 8": weight_grad(256, 256, 4),
+    "ReLU + norm, 64 at 32": norm(64, 1),
+    "ReLU + norm, 128 at 16": norm(128, 2),
+    "ReLU + norm, 256 at 8": norm(256, 4),
+    "ReLU + norm backward, 64 at 32": norm_backward(64, 1),
+    "ReLU + norm backward, 128 at 16": norm_backward(128, 2),
+    "ReLU + norm backward, 256 at 8": norm_backward(256, 4),
+}
+
+
+def seconds(run: Callable[[], Any], device: torch.device) -> float:
+    """Returns the median time, on CUDA from a cold cache and without the launch."""
+    timed = seconds_on_cuda if device.type == "cuda" else seconds_on_cpu
+    return statistics.median([timed(run) for _ in range(WARM_UPS + PASSES)][WARM_UPS:])
+
+
+def seconds_on_cpu(run: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
+
+
+def seconds_on_cuda(run: Callable[[], Any]) -> float:
+    # Clears the cache, and keeps the GPU busy until the launch has been prepared.
+    torch.zeros(CLEARED_BYTES, dtype=torch.uint8, device="cuda")
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    run()
+    stop.record()
+    stop.synchronize()
+    return 1e-3 * start.elapsed_time(stop)
+
+
+def speed_of_light(device: torch.device) -> tuple[float, float]:
+    """Returns bytes a second of a copy, and FLOP a second of a matrix product."""
+    source = torch.zeros(COPIED_BYTES[device.type], dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    copied = 2 * source.nbytes / seconds(lambda: target.copy_(source), device)
+    side = PRODUCT_SIDE[device.type]
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    factor = torch.randn(side, side, device=device).to(dtype)
+    return copied, 2 * side**3 / seconds(lambda: factor @ factor, device)
+
+
+def largest_error(case: Case) -> float:
+    """Returns the largest error of any result, over the largest value of it."""
+    errors = []
+    for exact, mine in zip(case.exact(), case.run(), strict=True):
+        largest = float((mine.double() - exact).abs().max())
+        errors.append(largest / float(exact.abs().max()))
+    return max(errors)
+
+
+def measure(
+    name: str, work: Work, trial: Work, rates: tuple[float, float]
+) -> dict[str, Any]:
+    """Times an operator on the work, and takes its error on a part of it."""
+    error = largest_error(CASES[name](trial))
+    case = CASES[name](work)
+    taken = seconds(case.run, work.device)
+    least = max(case.num_bytes / rates[0], case.num_flops / rates[1])
+    return {
+        "operator": name,
+        "milliseconds": 1e3 * taken,
+        "least_milliseconds": 1e3 * least,
+        "share_of_least": least / taken,
+        "gigabytes_per_second": 1e-9 * case.num_bytes / taken,
+        "tflop_per_second": 1e-12 * case.num_flops / taken,
+        "error": error,
+    }
+
+
+def show(rows: list[dict[str, Any]], facts: dict[str, Any]) -> None:
+    """Prints the table."""
+    work = f"{facts['examples']} x {facts['views']} views, side {facts['side']} for 32"
+    table = Table(
+        title=f"{facts['device']}, torch {facts['versions']['torch']}; {work}",
+        caption=f"copy {facts['copy_gigabytes_per_second']:,.0f} GB/s, matrix product "
+        f"{facts['product_tflop_per_second']:,.3g} TFLOP/s",
+    )
+    for column in (
+        "operator",
+        "ms",
+        "least ms",
+        "of least",
+        "GB/s",
+        "TFLOP/s",
+        "error",
+    ):
+        table.add_column(column, justify="left" if column == "operator" else "right")
+    for row in rows:
+        flops = row["tflop_per_second"]
+        table.add_row(
+            row["operator"],
+            f"{row['milliseconds']:.3f}",
+            f"{row['least_milliseconds']:.3f}",
+            f"{row['share_of_least']:.0%}",
+            f"{row['gigabytes_per_second']:,.0f}",
+            f"{flops:,.3g}" if flops else "-",
+            f"{row['error']:.0e}",
+        )
+    Console(width=110).print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default=None)
+    parser.add_argument("--operators", nargs="*", choices=list(CASES), default=CASES)
+    parser.add_argument("--save", type=Path)
+    arguments = parser.parse_args()
+    name = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    work = Work(examples=2, views=2, width=1, side=8, device=device)
+    if device.type == "cuda":
+        work = Work(examples=128, views=16, width=4, side=32, device=device)
+    trial = work._replace(examples=2)  # what float64 has room for
+    rates = speed_of_light(device)
+    rows = []
+    for operator in arguments.operators:
+        rows.append(measure(operator, work, trial, rates))
+        print(to_json(rows[-1]), flush=True)
+    facts = environment() | {
+        "examples": work.examples,
+        "views": work.views,
+        "side": work.side,
+        "copy_gigabytes_per_second": 1e-9 * rates[0],
+        "product_tflop_per_second": 1e-12 * rates[1],
+    }
+    show(rows, facts)
+    if arguments.save:
+        arguments.save.write_text(to_json({**facts, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
