@@ -21,21 +21,29 @@ from torch import Tensor
 
 from dpsgd.config import ModelConfig
 from dpsgd.kernels import (
+    ConvGeometry,
     SGDStep,
     add_gaussian_noise_,
     clip_accumulate_,
     make_views,
     noisy_sgd_,
-    relu_group_norm,
+    sum_relu_group_norm,
 )
-from dpsgd.kernels.conv_weight_grad import conv_weight_grad, conv_weight_grad_reference
-from dpsgd.kernels.dispatch import runs_on_triton
+from dpsgd.kernels.conv_weight_grad import (
+    conv_weight_grad,
+    conv_weight_grad_moments,
+    conv_weight_grad_moments_reference,
+    conv_weight_grad_reference,
+    conv_weight_grad_sum,
+    conv_weight_grad_sum_reference,
+)
 from dpsgd.kernels.gaussian_noise import philox_4x32
 from dpsgd.kernels.make_views import make_views_reference
-from dpsgd.kernels.standardized_conv import (
-    standardized_weight,
-    unstandardize_reference,
-    unstandardize_triton,
+from dpsgd.kernels.weight_standardization import (
+    Standardization,
+    standardize,
+    unstandardize_,
+    unstandardized_norms,
 )
 from dpsgd.models import build_model, trainable_params
 from dpsgd.report import environment, to_json
@@ -199,82 +207,133 @@ def clipping(work: Work) -> Case:
     return Case(run, exact, nbytes(*grads) + 2 * nbytes(*totals))
 
 
+def standardization(work: Work, channels: int) -> tuple[Tensor, Standardization]:
+    """Returns gradients of a 3x3 convolution, and how its weights are standardised."""
+    weight = work.normals(channels, 3, 3, channels)
+    _, how = standardize(
+        weight, torch.ones(channels, device=work.device), torch.float32
+    )
+    # The gain undoes the factor, so that gradients stay of one size when repeated.
+    how = how._replace(gain=1 / how.factor)
+    return work.normals(work.examples, *weight.shape), how
+
+
 def unstandardize(channels: int) -> Callable[[Work], Case]:
     """The Jacobian of weight standardisation, on the gradients of a 3x3 convolution."""
 
     def build(work: Work) -> Case:
-        weight = work.normals(channels, 3, 3, channels)
-        grads = work.normals(work.examples, *weight.shape)
-        unit, factor, follows = standardized_weight(weight)
-        # The gain undoes the factor, so that gradients stay of one size when repeated.
-        constants = (unit, factor, follows, 1 / factor)
-        on_triton = runs_on_triton(grads)
-        operator = unstandardize_triton if on_triton else unstandardize_reference
+        grads, how = standardization(work, channels)
 
         def exact() -> Result:
             rows = grads.double()
-            return unstandardize_reference(rows, *wide(*constants)), rows
+            return unstandardize_(rows, Standardization(*wide(*how))), rows
 
         return Case(
-            lambda: (operator(grads, *constants), grads), exact, 2 * grads.nbytes
+            lambda: (unstandardize_(grads, how), grads), exact, 2 * grads.nbytes
         )
 
     return build
+
+
+def norms(channels: int) -> Callable[[Work], Case]:
+    """Norms of the gradients of raw weights, which are not made."""
+
+    def build(work: Work) -> Case:
+        grads, how = standardization(work, channels)
+
+        def run(rows: Tensor, *how: Tensor) -> Result:
+            return (unstandardized_norms(rows, Standardization(*how)),)
+
+        return Case(
+            lambda: run(grads, *how), lambda: run(*wide(grads, *how)), grads.nbytes
+        )
+
+    return build
+
+
+# What is done with a per-sample weight gradient: operator, reference, extra argument,
+# whether the gradients are written.
+KEPT = {
+    "stored": (conv_weight_grad, conv_weight_grad_reference),
+    "moments": (conv_weight_grad_moments, conv_weight_grad_moments_reference),
+    "summed": (conv_weight_grad_sum, conv_weight_grad_sum_reference),
+}
 
 
 def weight_grad(
-    in_channels: int, out_channels: int, shrunk: int, *, side: int = 3, stride: int = 1
+    in_channels: int,
+    out_channels: int,
+    shrunk: int,
+    *,
+    side: int = 3,
+    stride: int = 1,
+    kept: str = "stored",
 ) -> Callable[[Work], Case]:
-    """Per-sample gradients of the weights and bias of a convolution."""
+    """Per-sample gradients of the weights of a convolution."""
+    operator, reference = KEPT[kept]
 
     def build(work: Work) -> Case:
-        x = work.images(in_channels, shrunk)
-        grad_y = work.images(out_channels, shrunk * stride)
-        how: Any = {"kernel_size": side, "stride": stride, "padding": side // 2}
-        num_weights = out_channels * (side**2 * in_channels + 1)
+        geometry = ConvGeometry(side, stride, side // 2)
+        weight = work.normals(out_channels, side, side, in_channels)
+        inputs = [
+            work.images(in_channels, shrunk),
+            work.images(out_channels, shrunk * stride),
+        ]
+        if kept != "stored":
+            factors = torch.rand(work.examples, device=work.device)
+            inputs.append(weight if kept == "moments" else factors)
+        num_bytes = nbytes(*inputs[:2])
+        if kept == "stored":
+            num_bytes += work.examples * weight.nbytes
         return Case(
-            lambda: conv_weight_grad(x, grad_y, **how),
-            lambda: conv_weight_grad_reference(*wide(x, grad_y), **how),
-            nbytes(x, grad_y) + 4 * work.examples * num_weights,
-            2 * grad_y.numel() * side**2 * in_channels,
+            lambda: (operator(*inputs, geometry),),
+            lambda: (reference(*wide(*inputs), geometry),),
+            num_bytes,
+            2 * inputs[1].numel() * weight[0].numel(),
         )
 
     return build
 
 
-def norm(channels: int, shrunk: int) -> Callable[[Work], Case]:
-    """ReLU and group normalisation, forward."""
+def norm(
+    channels: int, shrunk: int, *, adds: bool = False, backward: bool = False
+) -> Callable[[Work], Case]:
+    """Bias, ReLU and group normalisation; `adds` adds a residual and keeps the sum."""
 
     def build(work: Work) -> Case:
-        x = work.images(channels, shrunk).flatten(0, 1)
-        affine = work.normals(2, channels).unbind()
-
-        def run(*inputs: Tensor) -> Result:
-            return (relu_group_norm(*inputs, num_groups=GROUPS, eps=EPS),)
-
-        return Case(
-            lambda: run(x, *affine), lambda: run(*wide(x, *affine)), 2 * x.nbytes
+        x, residual, grad = (
+            work.images(channels, shrunk).flatten(0, 1) for _ in range(3)
         )
+        bias, scale, shift = work.normals(3, channels).unbind()
+        leaves = [x, bias, scale, shift, *([residual] if adds else [])]
 
-    return build
+        def forward(x: Tensor, bias: Tensor, *rest: Tensor) -> Result:
+            other = rest[2] if adds else None
+            affines = ((rest[0], rest[1]),)
+            outputs, total = sum_relu_group_norm(
+                x, (bias,), other, affines, num_groups=GROUPS, eps=EPS
+            )
+            return outputs if total is None else (*outputs, total)
 
+        def gradient(*inputs: Tensor) -> Callable[[], Result]:
+            inputs = tuple(one.detach().requires_grad_() for one in inputs)
+            outputs = forward(*inputs)
+            grads = [grad.to(x.dtype) for x in outputs]
+            return lambda: torch.autograd.grad(
+                outputs, inputs, grads, retain_graph=True
+            )
 
-def norm_backward(channels: int, shrunk: int) -> Callable[[Work], Case]:
-    """ReLU and group normalisation, backward to images, scale and shift."""
-
-    def build(work: Work) -> Case:
-        x, grad_y = (work.images(channels, shrunk).flatten(0, 1) for _ in range(2))
-        affine = work.normals(2, channels).unbind()
-
-        def backward(grad: Tensor, *inputs: Tensor) -> Callable[[], Result]:
-            leaves = [one.requires_grad_() for one in inputs]
-            y = relu_group_norm(*leaves, num_groups=GROUPS, eps=EPS)
-            return lambda: torch.autograd.grad(y, leaves, grad, retain_graph=True)
-
+        tensors = 3 + 2 * adds if backward else 2 + 2 * adds
+        if backward:
+            return Case(
+                gradient(*leaves),
+                lambda: gradient(*wide(*leaves))(),
+                tensors * x.nbytes,
+            )
         return Case(
-            backward(grad_y, x, *affine),
-            lambda: backward(*wide(grad_y, x.detach(), *affine))(),
-            3 * x.nbytes,
+            lambda: forward(*leaves),
+            lambda: forward(*wide(*leaves)),
+            tensors * x.nbytes,
         )
 
     return build
@@ -287,6 +346,7 @@ CASES: dict[str, Callable[[Work], Case]] = {
     "clip and accumulate": clipping,
     "unstandardize, 64 channels": unstandardize(64),
     "unstandardize, 256 channels": unstandardize(256),
+    "norms, 256 channels": norms(256),
     "weight gradient, 3 to 16 at 32": weight_grad(3, 16, 1),
     "weight gradient, 64 to 64 at 32": weight_grad(64, 64, 1),
     "weight gradient, 64 to 128, stride 2": weight_grad(64, 128, 1, stride=2),
@@ -295,12 +355,18 @@ CASES: dict[str, Callable[[Work], Case]] = {
     ),
     "weight gradient, 128 to 128 at 16": weight_grad(128, 128, 2),
     "weight gradient, 256 to 256 at 8": weight_grad(256, 256, 4),
-    "ReLU + norm, 64 at 32": norm(64, 1),
-    "ReLU + norm, 128 at 16": norm(128, 2),
-    "ReLU + norm, 256 at 8": norm(256, 4),
-    "ReLU + norm backward, 64 at 32": norm_backward(64, 1),
-    "ReLU + norm backward, 128 at 16": norm_backward(128, 2),
-    "ReLU + norm backward, 256 at 8": norm_backward(256, 4),
+    "its moments, 64 to 64 at 32": weight_grad(64, 64, 1, kept="moments"),
+    "its moments, 256 to 256 at 8": weight_grad(256, 256, 4, kept="moments"),
+    "its sum, 64 to 64 at 32": weight_grad(64, 64, 1, kept="summed"),
+    "its sum, 256 to 256 at 8": weight_grad(256, 256, 4, kept="summed"),
+    "norm, 64 at 32": norm(64, 1),
+    "norm, 128 at 16": norm(128, 2),
+    "norm, 256 at 8": norm(256, 4),
+    "norm of a sum, 64 at 32": norm(64, 1, adds=True),
+    "norm backward, 64 at 32": norm(64, 1, backward=True),
+    "norm backward, 128 at 16": norm(128, 2, backward=True),
+    "norm backward, 256 at 8": norm(256, 4, backward=True),
+    "norm of a sum backward, 64 at 32": norm(64, 1, adds=True, backward=True),
 }
 
 

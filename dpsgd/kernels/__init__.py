@@ -5,18 +5,22 @@ Each public function runs its reference on the CPU and launches its kernel on CU
 """
 
 from dpsgd.kernels.clip_accumulate import clip_accumulate_
+from dpsgd.kernels.fused_norm import sum_relu_group_norm
 from dpsgd.kernels.gaussian_noise import add_gaussian_noise_
+from dpsgd.kernels.geometry import ConvGeometry
+from dpsgd.kernels.linear import linear
 from dpsgd.kernels.make_views import make_views
 from dpsgd.kernels.noisy_sgd import SGDStep, noisy_sgd_
-from dpsgd.kernels.relu_group_norm import relu_group_norm
 from dpsgd.kernels.standardized_conv import standardized_conv2d
 
 __all__ = [
+    "ConvGeometry",
     "SGDStep",
     "add_gaussian_noise_",
     "clip_accumulate_",
+    "linear",
     "make_views",
     "noisy_sgd_",
-    "relu_group_norm",
     "standardized_conv2d",
+    "sum_relu_group_norm",
 ]

@@ -15,9 +15,9 @@ except ImportError:  # torch for CPU and macOS comes without triton
 
 __all__ = ["clip_accumulate_", "clip_accumulate_reference_", "clip_accumulate_triton_"]
 
-_COLUMNS = 256
-_ROWS = 16
-_PROGRAMS = 1024
+# Rows by columns that a program holds: several loads are under way at a time, and a row
+# is a whole cache line or more.
+_ROWS, _COLUMNS = 64, 128
 
 
 def clip_accumulate_(
@@ -60,11 +60,16 @@ def clip_accumulate_triton_(
     rows, columns = per_sample_grads.shape[0], total.numel()
     if rows == 0 or columns == 0:
         return
-    # Enough programs to fill a GPU, but whole cache lines of 32 floats each.
-    block = min(_COLUMNS, max(32, triton.next_power_of_2(columns // _PROGRAMS)))
-    grid = (triton.cdiv(columns, block),)
+    grid = (triton.cdiv(columns, _COLUMNS),)
     _clip_accumulate_kernel[grid](
-        total, per_sample_grads, clip_factors, rows, columns, ROWS=_ROWS, COLS=block
+        total,
+        per_sample_grads,
+        clip_factors,
+        rows,
+        columns,
+        ROWS=_ROWS,
+        COLS=_COLUMNS,
+        num_warps=4,
     )
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["require_unbatched", "runs_on_triton"]
+__all__ = ["fold", "require_unbatched", "runs_on_triton"]
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
@@ -29,3 +29,19 @@ def require_unbatched(operator: str, in_dims: tuple[Any, ...]) -> None:
     """
     if any(dim is not None for dim in in_dims if not isinstance(dim, tuple)):
         raise ValueError(f"{operator}: vmap may map over images, not over parameters")
+
+
+def fold(tensor: Tensor, dim: int | None, num_examples: int) -> Tensor:
+    """Returns the images of all examples as those of one batch.
+
+    Args:
+        tensor: Images of one example, (K, ...) apart from the mapped axis.
+        dim: Axis of the examples; None if every example has the same images.
+        num_examples: M.
+
+    Returns:
+        (M * K, ...).
+    """
+    if dim is None:
+        return tensor.expand(num_examples, *tensor.shape).flatten(0, 1)
+    return tensor.movedim(dim, 0).flatten(0, 1)

@@ -6,6 +6,7 @@ compute type is chosen once, where the network receives its images.
 
 import math
 from abc import ABC, abstractmethod
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,13 +15,21 @@ from scipy.special import ndtr, ndtri
 from torch import Tensor, nn
 
 from dpsgd.config import ModelConfig
-from dpsgd.kernels import relu_group_norm, standardized_conv2d
+from dpsgd.kernels import (
+    ConvGeometry,
+    linear,
+    standardized_conv2d,
+    sum_relu_group_norm,
+)
 
 __all__ = [
     "ActivationNorm",
+    "Addends",
     "Conv2d",
     "Layer",
     "Linear",
+    "Relu",
+    "activate",
     "activation_and_norm",
     "initialize",
 ]
@@ -30,6 +39,36 @@ _TRUNCATION = 2.0
 # Standard deviation of a unit normal truncated to +-2, by which haiku's initialisers
 # divide so that the truncated draw keeps the variance that was asked for.
 _TRUNCATED_STD = 0.87962566
+
+
+class Addends(NamedTuple):
+    """A sum of images that is not formed yet: whatever reads it first forms it.
+
+    So a bias or a residual takes no pass over the images of its own.
+
+    Attributes:
+        images: (K, C, H, W).
+        biases: (C,) parameters added to every image, two at most.
+        residual: (K, C, H, W) added, or None.
+    """
+
+    images: Tensor
+    biases: tuple[Tensor, ...] = ()
+    residual: Tensor | None = None
+
+    def plus(self, other: "Addends") -> "Addends":
+        """Returns the sum of both; one of them at most has a residual."""
+        assert other.residual is None
+        assert self.residual is None
+        biases = (*self.biases, *other.biases)
+        return Addends(self.images, biases, other.images)
+
+    def total(self) -> Tensor:
+        """Forms the sum."""
+        total = self.images
+        for bias in self.biases:
+            total = total + bias.to(total.dtype).view(-1, 1, 1)
+        return total if self.residual is None else total + self.residual
 
 
 class Layer(nn.Module, ABC):
@@ -68,6 +107,7 @@ class Conv2d(Layer):
         out_channels: O.
         kernel_size: Side of the square kernel, odd.
         stride: Step between output positions.
+        groups: Parts into which channels are divided; each sees its own inputs only.
         standardized: Standardise the weights and learn a gain a output channel.
     """
 
@@ -80,13 +120,13 @@ class Conv2d(Layer):
         *,
         kernel_size: int,
         stride: int = 1,
+        groups: int = 1,
         standardized: bool = True,
     ) -> None:
         super().__init__()
-        self.stride = stride
-        self.padding = kernel_size // 2
+        self.geometry = ConvGeometry(kernel_size, stride, kernel_size // 2, groups)
         # Input channels last: the layout of the fastest per-sample gradients.
-        shape = (out_channels, kernel_size, kernel_size, in_channels)
+        shape = (out_channels, kernel_size, kernel_size, in_channels // groups)
         self.weight = nn.Parameter(torch.empty(shape))
         self.bias = nn.Parameter(torch.empty(out_channels))
         self.register_parameter(
@@ -103,22 +143,10 @@ class Conv2d(Layer):
             if self.gain is not None:
                 self.gain.fill_(1.0)
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Maps (K, I, H, W) to (K, O, H/stride, W/stride), in the type of `x`.
-
-        Args:
-            x: Images.
-            residual: Added to the result.
-        """
-        return standardized_conv2d(
-            x,
-            self.weight,
-            self.gain,
-            self.bias,
-            stride=self.stride,
-            padding=self.padding,
-            residual=residual,
-        )
+    def forward(self, x: Tensor) -> Addends:
+        """Maps (K, I, H, W) to (K, O, H/stride, W/stride), in the type of `x`."""
+        images = standardized_conv2d(x, self.weight, self.gain, self.geometry)
+        return Addends(images, (self.bias,))
 
 
 class ActivationNorm(Layer):
@@ -146,20 +174,23 @@ class ActivationNorm(Layer):
             self.weight.fill_(1.0)
             self.bias.zero_()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps (K, C, H, W) to the same shape, each image by itself."""
+    def forward(self, x: Addends) -> Tensor:
+        """Maps the sum (K, C, H, W) to the same shape, each image by itself."""
         if self.activation_first:
-            return relu_group_norm(
-                x,
-                self.weight,
-                self.bias,
-                num_groups=self.num_groups,
-                eps=_GROUP_NORM_EPS,
-            )
-        wide = torch.promote_types(x.dtype, torch.float32)
+            return _fused((self,), x)[0][0]
+        total = x.total()
+        wide = torch.promote_types(total.dtype, torch.float32)
         scale, shift = self.weight.to(wide), self.bias.to(wide)
-        y = F.group_norm(x.to(wide), self.num_groups, scale, shift, _GROUP_NORM_EPS)
-        return F.relu(y).to(x.dtype)
+        y = F.group_norm(total.to(wide), self.num_groups, scale, shift, _GROUP_NORM_EPS)
+        return F.relu(y).to(total.dtype)
+
+
+class Relu(nn.Module):
+    """ReLU without normalisation."""
+
+    def forward(self, x: Addends) -> Tensor:
+        """Maps the sum (K, C, H, W) to the same shape."""
+        return F.relu(x.total())
 
 
 class Linear(Layer):
@@ -186,7 +217,7 @@ class Linear(Layer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (K, I) to (K, O), in the type of `x`."""
-        return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+        return linear(x, self.weight, self.bias)
 
 
 def activation_and_norm(channels: int, config: ModelConfig) -> nn.Module:
@@ -197,9 +228,48 @@ def activation_and_norm(channels: int, config: ModelConfig) -> nn.Module:
         config: Normalisation, its groups and its order.
     """
     if config.normalization == "none":
-        return nn.ReLU()
+        return Relu()
     return ActivationNorm(
         channels,
         num_groups=config.groups,
         activation_first=config.order == "activation_norm",
+    )
+
+
+def activate(
+    x: Addends, *activations: nn.Module, keeps_sum: bool
+) -> tuple[tuple[Tensor, ...], Addends]:
+    """Returns what one or two activations make of one sum, reading it once.
+
+    Args:
+        x: The sum.
+        *activations: As `activation_and_norm` returns them, for the same channels.
+        keeps_sum: Whether the sum is used again.
+
+    Returns:
+        (K, C, H, W) for each; and the sum, formed if it is kept.
+    """
+    norms = [
+        one
+        for one in activations
+        if isinstance(one, ActivationNorm) and one.activation_first
+    ]
+    if len(norms) == len(activations) and (x.residual is not None or not keeps_sum):
+        outputs, total = _fused(tuple(norms), x)
+        return outputs, x if total is None else Addends(total)
+    x = Addends(x.total())
+    return tuple(one(x) for one in activations), x
+
+
+def _fused(
+    norms: tuple[ActivationNorm, ...], x: Addends
+) -> tuple[tuple[Tensor, ...], Tensor | None]:
+    """Returns norms of the ReLU of a sum, and the sum if it has a residual."""
+    return sum_relu_group_norm(
+        x.images,
+        x.biases,
+        x.residual,
+        tuple((norm.weight, norm.bias) for norm in norms),
+        num_groups=norms[0].num_groups,
+        eps=_GROUP_NORM_EPS,
     )

@@ -16,7 +16,13 @@ from torch import Tensor, nn
 
 from dpsgd.config import ModelConfig
 from dpsgd.errors import ConfigError, fault
-from dpsgd.models.layers import Conv2d, Linear, activation_and_norm
+from dpsgd.models.layers import (
+    Addends,
+    Conv2d,
+    Linear,
+    activate,
+    activation_and_norm,
+)
 
 __all__ = ["WideResNet", "build_wide_resnet"]
 
@@ -35,7 +41,7 @@ class Block(nn.Module):
         out_channels: O.
         stride: Of the first convolution and of the projection.
         projects: Whether the shortcut is a 1x1 convolution behind a norm of its own.
-        activate: Builds activation and norm for a number of channels.
+        build_activation: Builds activation and norm for a number of channels.
         conv: Builds a convolution.
     """
 
@@ -46,26 +52,34 @@ class Block(nn.Module):
         *,
         stride: int,
         projects: bool,
-        activate: _Pair,
+        build_activation: _Pair,
         conv: Callable[..., nn.Module],
     ) -> None:
         super().__init__()
-        self.shortcut: nn.Module = nn.Identity()
+        self.shortcut = nn.ModuleList()
         if projects:
-            self.shortcut = nn.Sequential(
-                activate(in_channels),
-                conv(in_channels, out_channels, kernel_size=1, stride=stride),
-            )
-        self.residual = nn.Sequential(
-            activate(in_channels),
-            conv(in_channels, out_channels, kernel_size=3, stride=stride),
-            activate(out_channels),
+            projection = conv(in_channels, out_channels, kernel_size=1, stride=stride)
+            self.shortcut = nn.ModuleList([build_activation(in_channels), projection])
+        self.residual = nn.ModuleList(
+            [
+                build_activation(in_channels),
+                conv(in_channels, out_channels, kernel_size=3, stride=stride),
+                build_activation(out_channels),
+            ]
         )
         self.last = conv(out_channels, out_channels, kernel_size=3)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Addends) -> Addends:
         """Maps (K, I, H, W) to (K, O, H/stride, W/stride)."""
-        return self.last(self.residual(x), self.shortcut(x))  # type: ignore[no-any-return]
+        norm, first, second_norm = self.residual
+        if self.shortcut:
+            own_norm, project = self.shortcut
+            (y, beside), _ = activate(x, norm, own_norm, keeps_sum=False)
+            shortcut = project(beside)
+        else:
+            (y,), shortcut = activate(x, norm, keeps_sum=True)
+        result: Addends = self.last(second_norm(first(y))).plus(shortcut)
+        return result
 
 
 class WideResNet(nn.Module):
@@ -76,7 +90,7 @@ class WideResNet(nn.Module):
         width: Channel multiplier.
         in_channels: Channels C of the images.
         num_classes: Outputs.
-        activate: Builds activation and norm for a number of channels.
+        build_activation: Builds activation and norm for a number of channels.
         standardized: Whether convolutions standardise their weights.
         compute_dtype: Type that images are cast to, and so of all activations.
     """
@@ -88,7 +102,7 @@ class WideResNet(nn.Module):
         width: int,
         in_channels: int,
         num_classes: int,
-        activate: _Pair,
+        build_activation: _Pair,
         standardized: bool,
         compute_dtype: torch.dtype,
     ) -> None:
@@ -107,14 +121,14 @@ class WideResNet(nn.Module):
                     base * width,
                     stride=stride if first else 1,
                     projects=first,
-                    activate=activate,
+                    build_activation=build_activation,
                     conv=conv,
                 )
                 blocks.append(block)
                 channels = base * width
             stages.append(nn.Sequential(*blocks))
         self.stages = nn.Sequential(*stages)
-        self.head_activation = activate(channels)
+        self.head_activation = build_activation(channels)
         self.classifier = Linear(channels, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -152,7 +166,7 @@ def build_wide_resnet(
         width=config.width,
         in_channels=image_shape[0],
         num_classes=num_classes,
-        activate=partial(activation_and_norm, config=config),
+        build_activation=partial(activation_and_norm, config=config),
         standardized=config.weight_standardization,
         compute_dtype=getattr(torch, config.compute_dtype),
     )

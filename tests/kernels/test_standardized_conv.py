@@ -1,141 +1,225 @@
-import importlib
+"""Gradients through all operators against plain torch in float64, also under vmap."""
+
 from collections.abc import Callable
 
 import pytest
 import torch
-import torch.nn.functional as F
+from small_network import (
+    PLAIN,
+    assert_near,
+    expected_grads,
+    images_and_labels,
+    loss,
+    parameters,
+    plain_conv,
+)
 from torch import Tensor
 from torch.func import grad, vmap
 
-from dpsgd.kernels import relu_group_norm, standardized_conv2d
-from dpsgd.kernels.standardized_conv import (
-    standardized_weight,
-    unstandardize_reference,
-    unstandardize_triton,
-)
+from dpsgd.kernels import ConvGeometry, standardized_conv, standardized_conv2d
 
-Params = dict[str, Tensor]
-OPERATORS = ("conv_weight_grad", "relu_group_norm", "standardized_conv")
-
-
-@pytest.fixture
-def on_kernels(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """Sends tensors of the CPU to the kernels too, which are interpreted there."""
-
-    def switch() -> None:
-        for name in OPERATORS:
-            module = importlib.import_module(f"dpsgd.kernels.{name}")
-            monkeypatch.setattr(module, "runs_on_triton", lambda _: True)
-
-    return switch
+GEOMETRIES = [
+    ConvGeometry(3, 1, 1),
+    ConvGeometry(3, 2, 1),
+    ConvGeometry(1, 2),
+    ConvGeometry(1),
+    ConvGeometry(3, 1, 1, 2),
+    ConvGeometry(7, 2, 3, 4),
+]
 
 
-def parameters() -> Params:
-    generator = torch.Generator().manual_seed(0)
-    return {
-        "stem": torch.randn(16, 3, 3, 3, generator=generator),
-        "gain": torch.rand(16, generator=generator) + 0.5,
-        "bias": 0.1 * torch.randn(16, generator=generator),
-        "scale": torch.randn(16, generator=generator),
-        "shift": torch.randn(16, generator=generator),
-        # So small that the bound of the standardisation holds for it.
-        "tiny": 1e-4 * torch.randn(8, 3, 3, 16, generator=generator),
-        "tiny_gain": torch.ones(8),
-        "plain": torch.randn(8, 1, 1, 16, generator=generator),
-        "zero": torch.zeros(8),
+@pytest.fixture(params=["references", "kernels"])
+def implementation(
+    request: pytest.FixtureRequest, on_kernels: Callable[[], None]
+) -> str:
+    """Whether kernels run: on a GPU they always do."""
+    if request.param == "kernels":
+        on_kernels()
+    return str(request.param)
+
+
+def draw(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def convolved(
+    conv: Callable[..., Tensor], tensors: list[Tensor], geometry: ConvGeometry
+) -> Tensor:
+    x, weight, *gain = tensors
+    return conv(x, weight, gain[0] if gain else None, geometry)
+
+
+@pytest.mark.usefixtures("implementation")
+def test_per_sample_gradients_by_the_operators_equal_those_of_plain_torch(
+    kernel_device: torch.device,
+) -> None:
+    params = parameters(kernel_device)
+    images, labels = images_and_labels(kernel_device)
+
+    assert_near(
+        vmap(grad(loss), (None, 0, 0))(params, images, labels),
+        expected_grads(params, images, labels),
+    )
+
+
+@pytest.mark.usefixtures("implementation")
+def test_gradients_of_one_example_equal_those_of_plain_torch(
+    kernel_device: torch.device,
+) -> None:
+    params = parameters(kernel_device)
+    images, labels = images_and_labels(kernel_device)
+    expected = expected_grads(params, images[1:2], labels[1:2])
+
+    assert_near(
+        grad(loss)(params, images[1], labels[1]),
+        {name: rows[0] for name, rows in expected.items()},
+    )
+
+
+@pytest.mark.usefixtures("implementation")
+def test_examples_may_share_their_images(kernel_device: torch.device) -> None:
+    params = parameters(kernel_device)
+    images, labels = images_and_labels(kernel_device)
+
+    assert_near(
+        vmap(grad(loss), (None, None, 0))(params, images[0], labels),
+        expected_grads(params, images[:1].expand(3, -1, -1, -1, -1), labels),
+    )
+
+
+@pytest.mark.usefixtures("implementation")
+def test_examples_may_lie_along_any_axis(kernel_device: torch.device) -> None:
+    params = parameters(kernel_device)
+    images, labels = images_and_labels(kernel_device)
+
+    assert_near(
+        vmap(grad(loss), (None, 2, 0))(params, images.movedim(0, 2), labels),
+        expected_grads(params, images, labels),
+    )
+
+
+@pytest.mark.usefixtures("implementation")
+def test_frozen_parameters_change_no_other_gradient(
+    kernel_device: torch.device,
+) -> None:
+    params = parameters(kernel_device)
+    images, labels = images_and_labels(kernel_device)
+    frozen = {
+        name: params.pop(name)
+        for name in ("stem", "tiny_gain", "scale", "shortcut_bias", "last_shift")
     }
 
+    def loss_of_rest(rest: dict[str, Tensor], *example: Tensor) -> Tensor:
+        return loss({**rest, **frozen}, *example)
 
-def loss(params: Params, images: Tensor, label: Tensor) -> Tensor:
-    """A stem, a norm, and a block whose shortcut is added in the convolution."""
-    p = params
-    h = standardized_conv2d(
-        images, p["stem"], p["gain"], p["bias"], stride=1, padding=1
+    found = vmap(grad(loss_of_rest), (None, 0, 0))(params, images, labels)
+    expected = expected_grads({**params, **frozen}, images, labels)
+
+    assert_near(found, {name: expected[name] for name in params})
+
+
+@pytest.mark.parametrize("has_gain", [False, True])
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+@pytest.mark.usefixtures("implementation")
+def test_a_convolution_and_its_gradients_are_those_of_plain_torch(
+    geometry: ConvGeometry, has_gain: bool, kernel_device: torch.device
+) -> None:
+    side, groups = geometry.kernel_size, geometry.groups
+    x = draw(3, 8, 6, 8)
+    leaves = [x, draw(12, side, side, 8 // groups), draw(12)][: 2 + has_gain]
+    wide = [one.double().requires_grad_() for one in leaves]
+    ours = [one.to(kernel_device).requires_grad_() for one in leaves]
+    y = convolved(standardized_conv2d, ours, geometry)
+    expected = convolved(plain_conv, wide, geometry)
+    grad_y = torch.randn_like(y)
+    names = ["x", "weight", "gain"][: len(leaves)]
+
+    assert_near({"y": y}, {"y": expected.detach()})
+    assert_near(
+        dict(zip(names, torch.autograd.grad(y, ours, grad_y), strict=True)),
+        dict(
+            zip(
+                names,
+                torch.autograd.grad(expected, wide, grad_y.cpu().double()),
+                strict=True,
+            )
+        ),
     )
-    h = relu_group_norm(h, p["scale"], p["shift"], num_groups=4, eps=1e-5)
-    shortcut = standardized_conv2d(h, p["plain"], None, p["zero"], stride=2, padding=0)
-    y = standardized_conv2d(
-        h,
-        p["tiny"],
-        p["tiny_gain"],
-        p["zero"],
-        stride=2,
-        padding=1,
-        residual=shortcut,
+
+
+def test_frozen_weights_take_no_backward_pass_of_their_own(
+    on_kernels: Callable[[], None],
+    kernel_device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    on_kernels()
+    monkeypatch.setattr(standardized_conv, "conv_weight_grad", None)  # not to be called
+    x, weight, gain = (
+        one.to(kernel_device) for one in (draw(2, 8, 4, 4), draw(4, 1, 1, 8), draw(4))
     )
-    return F.cross_entropy(y.mean((-2, -1)), label.expand(len(images)))
+    x.requires_grad_()
+    standardized_conv2d(x, weight, gain, ConvGeometry(1)).sum().backward()
+
+    assert x.grad is not None
+    assert weight.grad is None
+    assert gain.grad is None
 
 
-def test_per_sample_gradients_by_the_operators_equal_those_of_plain_torch(
+def test_a_gain_may_be_trained_alone(
     on_kernels: Callable[[], None], kernel_device: torch.device
 ) -> None:
-    params = {name: leaf.to(kernel_device) for name, leaf in parameters().items()}
-    images = torch.randn(3, 2, 3, 6, 6, device=kernel_device)
-    labels = torch.tensor([0, 5, 7], device=kernel_device)
-    plain = {
-        name: torch.stack(
-            [grad(loss)(params, images[m], labels[m])[name] for m in range(3)]
-        )
-        for name in params
-    }
     on_kernels()
-    fast = vmap(grad(loss), (None, 0, 0))(params, images, labels)
+    x, weight, gain = (draw(2, 8, 4, 4), draw(4, 1, 1, 8), draw(4))
+    wide = gain.double().requires_grad_()
+    plain_conv(x.double(), weight.double(), wide, ConvGeometry(1)).sum().backward()
+    x, weight, gain = (one.to(kernel_device) for one in (x, weight, gain))
+    gain.requires_grad_()
+    standardized_conv2d(x, weight, gain, ConvGeometry(1)).sum().backward()
 
-    for name, expected in plain.items():
-        scale = float(expected.abs().max())
-        torch.testing.assert_close(fast[name], expected, rtol=1e-4, atol=1e-5 * scale)
+    assert weight.grad is None
+    assert gain.grad is not None
+    assert wide.grad is not None
+    assert_near({"gain": gain.grad}, {"gain": wide.grad})
+
+
+@pytest.mark.usefixtures("implementation")
+def test_images_choose_the_type_of_the_arithmetic(kernel_device: torch.device) -> None:
+    x, weight, gain = (
+        one.to(kernel_device) for one in (draw(2, 8, 4, 4), draw(4, 3, 3, 8), draw(4))
+    )
+    geometry = ConvGeometry(3, 1, 1)
+    narrow = standardized_conv2d(x.bfloat16(), weight, gain, geometry)
+    wide = standardized_conv2d(x, weight, gain, geometry)
+
+    assert narrow.dtype == torch.bfloat16
+    # Images, weights and outputs are rounded to 8 bits, or cut off by the interpreter.
+    error = (narrow.float() - wide).norm() / wide.norm()
+    assert error < 2**-7
 
 
 def test_mapping_over_parameters_is_refused_by_name(
     on_kernels: Callable[[], None], kernel_device: torch.device
 ) -> None:
     on_kernels()
-    params = {name: leaf.to(kernel_device) for name, leaf in parameters().items()}
+    images, labels = images_and_labels(kernel_device)
+    params = parameters(kernel_device)
     many = {name: torch.stack([leaf, leaf]) for name, leaf in params.items()}
-    images = torch.randn(2, 3, 6, 6, device=kernel_device)
 
-    with pytest.raises(ValueError, match="not over parameters"):
-        vmap(loss, (0, None, None))(many, images, torch.tensor(0, device=kernel_device))
-
-
-def test_standardized_weights_have_zero_mean_and_unit_norm() -> None:
-    unit, factor, follows = standardized_weight(parameters()["stem"].double())
-
-    torch.testing.assert_close(unit.mean((1, 2, 3)), torch.zeros(16).double())
-    torch.testing.assert_close(unit.square().sum((1, 2, 3)), torch.ones(16).double())
-    assert bool((factor > 0).all())
-    assert bool((follows == 1).all())
-    assert not standardized_weight(parameters()["tiny"])[2].any()
+    with pytest.raises(ValueError, match="images, not over parameters"):
+        vmap(loss, (0, None, None))(many, images[0], labels[0])
 
 
-@pytest.mark.parametrize("run", [unstandardize_reference, unstandardize_triton])
-@pytest.mark.parametrize("name", ["stem", "tiny"])
-def test_the_jacobian_of_the_standardisation_is_that_of_autograd(
-    run: Callable[..., Tensor], name: str, kernel_device: torch.device
+def test_float64_stays_float64_where_kernels_run(
+    on_kernels: Callable[[], None],
 ) -> None:
-    weight = parameters()[name].double()
-    gain = (torch.arange(len(weight)) + 1.0).double()
-    grads = torch.randn(2, *weight.shape).double()
-    expected: list[tuple[Tensor, ...]] = []
-    for one in grads:
-        leaves = [weight.clone().requires_grad_(), gain.clone().requires_grad_()]
-        effective = standardized_weight(leaves[0])[0] * leaves[1].view(-1, 1, 1, 1)
-        expected.append(torch.autograd.grad(effective, leaves, one))
-    unit, factor, follows = standardized_weight(weight)
-    raw = grads.float().to(kernel_device)
-    constants = [one.float().to(kernel_device) for one in (unit, factor, follows, gain)]
-    gain_grads = run(raw, *constants)
-
-    for found, index in ((raw, 0), (gain_grads, 1)):
-        wanted = torch.stack([one[index] for one in expected])
-        atol = 1e-5 * float(wanted.abs().max())
-        torch.testing.assert_close(found.cpu().double(), wanted, rtol=1e-4, atol=atol)
-
-
-def test_float64_stays_float64(on_kernels: Callable[[], None]) -> None:
-    params = {name: leaf.double() for name, leaf in parameters().items()}
-    images = torch.randn(2, 3, 6, 6, dtype=torch.float64)
-    expected = loss(params, images, torch.tensor(0))
+    params = {
+        name: leaf.double() for name, leaf in parameters(torch.device("cpu")).items()
+    }
+    images, labels = images_and_labels(torch.device("cpu"))
+    images = images.double()
     on_kernels()  # which compute in float32
+    found = loss(params, images[0], labels[0])
 
-    assert torch.equal(loss(params, images, torch.tensor(0)), expected)
+    # A few hundred roundings of 1e-16 each.
+    expected = loss(params, images[0], labels[0], PLAIN)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)

@@ -8,9 +8,16 @@ import torch
 from scipy import stats
 from torch import nn
 
-from dpsgd.kernels.standardized_conv import standardized_weight
+from dpsgd.kernels.weight_standardization import standardize_reference
 from dpsgd.models import initialize
-from dpsgd.models.layers import ActivationNorm, Conv2d, Linear
+from dpsgd.models.layers import (
+    ActivationNorm,
+    Addends,
+    Conv2d,
+    Linear,
+    Relu,
+    activate,
+)
 from dpsgd.rng import RandomStreams
 
 
@@ -30,7 +37,7 @@ def random(*shape: int) -> torch.Tensor:
 
 def standardize(weight: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
     """What a layer convolves with: (O, KH, KW, I), like its parameter."""
-    return standardized_weight(weight)[0] * gain.view(-1, 1, 1, 1)
+    return standardize_reference(weight, gain, weight.dtype)[0]
 
 
 def norm(num_channels: int, num_groups: int) -> ActivationNorm:
@@ -79,8 +86,8 @@ def test_convolution_is_torchs_with_standardised_weights() -> None:
     weight = standardize(layer.weight, layer.gain).permute(0, 3, 1, 2)
     expected = nn.functional.conv2d(x, weight, layer.bias, stride=2, padding=1)
 
-    torch.testing.assert_close(layer(x), expected, rtol=1e-12, atol=1e-12)
-    assert layer(x).shape == (2, 4, 4, 4)
+    torch.testing.assert_close(layer(x).total(), expected, rtol=1e-12, atol=1e-12)
+    assert layer(x).total().shape == (2, 4, 4, 4)
 
 
 def test_convolution_without_standardisation_has_no_gain() -> None:
@@ -90,7 +97,18 @@ def test_convolution_without_standardisation_has_no_gain() -> None:
     assert layer.gain is None
     assert [name for name, _ in layer.named_parameters()] == ["weight", "bias"]
     weight = layer.weight.permute(0, 3, 1, 2)
-    assert torch.equal(layer(x), nn.functional.conv2d(x, weight, layer.bias))
+    expected = nn.functional.conv2d(x, weight, layer.bias)
+    torch.testing.assert_close(layer(x).total(), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_groups_of_channels_see_their_own_inputs_only() -> None:
+    layer = drawn(Conv2d(4, 6, kernel_size=3, groups=2)).double()
+    x = random(2, 4, 5, 5)
+    weight = standardize(layer.weight, layer.gain).permute(0, 3, 1, 2)
+    expected = nn.functional.conv2d(x, weight, layer.bias, padding=1, groups=2)
+
+    assert layer.weight.shape == (6, 3, 3, 2)
+    torch.testing.assert_close(layer(x).total(), expected, rtol=1e-12, atol=1e-12)
 
 
 def test_group_norm_is_the_formula() -> None:
@@ -104,7 +122,8 @@ def test_group_norm_is_the_formula() -> None:
     unit = ((grouped - mean) / (variance + 1e-5).sqrt()).view(x.shape)
     expected = unit * layer.weight.view(-1, 1, 1) + layer.bias.view(-1, 1, 1)
 
-    torch.testing.assert_close(layer(x), expected.relu(), rtol=1e-10, atol=1e-10)
+    result = layer(Addends(x))
+    torch.testing.assert_close(result, expected.relu(), rtol=1e-10, atol=1e-10)
 
 
 def test_activation_comes_first_in_the_papers_order() -> None:
@@ -112,15 +131,51 @@ def test_activation_comes_first_in_the_papers_order() -> None:
     x = random(2, 6, 4, 4)
     expected = nn.functional.group_norm(x.relu(), 3, eps=1e-5)
 
-    torch.testing.assert_close(layer(x), expected, rtol=1e-10, atol=1e-10)
-    assert (layer(x) < 0).any()
+    result = layer(Addends(x))
+    torch.testing.assert_close(result, expected, rtol=1e-10, atol=1e-10)
+    assert (result < 0).any()
 
 
-def test_a_residual_is_added_to_the_convolution() -> None:
-    layer = drawn(Conv2d(3, 4, kernel_size=3)).double()
-    x, residual = random(2, 3, 5, 5), random(2, 4, 5, 5)
+def addends(num_channels: int) -> Addends:
+    biases = (random(num_channels), random(num_channels) - 1)
+    images = random(2, num_channels, 4, 4)
+    return Addends(images, biases, images.flip(0) * 0.5)
 
-    assert torch.equal(layer(x, residual), layer(x) + residual)
+
+def test_a_sum_is_that_of_its_addends() -> None:
+    x = addends(3)
+    biases = sum(bias.view(-1, 1, 1) for bias in x.biases)
+
+    torch.testing.assert_close(x.total(), x.images + biases + x.residual)
+    first = Addends(x.images, x.biases[:1])
+    together = first.plus(Addends(x.residual, x.biases[1:]))
+    torch.testing.assert_close(together.total(), x.total())
+
+
+@pytest.mark.parametrize("keeps_sum", [True, False])
+@pytest.mark.parametrize("has_residual", [True, False])
+@pytest.mark.parametrize("activation_first", [True, False, None])
+def test_activations_of_one_sum_are_those_of_each(
+    activation_first: bool | None, has_residual: bool, keeps_sum: bool
+) -> None:
+    x = addends(6) if has_residual else addends(6)._replace(residual=None)
+    layers = [Relu(), Relu()]
+    if activation_first is not None:
+        layers = [
+            ActivationNorm(6, num_groups=groups, activation_first=activation_first)
+            for groups in (3, 3)
+        ]
+        for index, layer in enumerate(layers):
+            nn.init.constant_(layer.weight, index + 2.0)
+            nn.init.constant_(layer.bias, index - 1.0)
+    outputs, total = activate(x, *layers, keeps_sum=keeps_sum)
+
+    for layer, output in zip(layers, outputs, strict=True):
+        torch.testing.assert_close(output, layer(Addends(x.total())))
+    torch.testing.assert_close(total.total(), x.total())
+    if keeps_sum:
+        assert total.residual is None
+        assert not total.biases
 
 
 def test_group_norm_takes_its_statistics_in_float32() -> None:
@@ -129,11 +184,11 @@ def test_group_norm_takes_its_statistics_in_float32() -> None:
         layer.weight.copy_(torch.tensor([1.003, 0.997]))  # not bfloat16 numbers
         layer.bias.copy_(torch.tensor([0.5009, -0.2503]))
     x = (random(1, 2, 64, 64) + 100).to(torch.bfloat16)
-    result = layer(x)
+    result = layer(Addends(x))
 
     assert result.dtype == torch.bfloat16
     # Only input and output are rounded: not the parameters, nor anything between.
-    assert torch.equal(result, layer(x.float()).to(torch.bfloat16))
+    assert torch.equal(result, layer(Addends(x.float())).to(torch.bfloat16))
 
 
 def test_convolution_is_drawn_with_variance_one_over_fan_in() -> None:

@@ -1,0 +1,287 @@
+r"""Weight standardisation and its Jacobian, each in one pass over the weights.
+
+Effective weights are $\hat w = \gamma u$ with $u = (w - \mu) r$ and
+$r = (\max(\sum (w - \mu)^2, 10^{-4}))^{-1/2}$ in every output channel. With $g$ the
+gradient of $\hat w$, F the fan-in and a = 1 where r follows from the weights, 0 where
+the bound took its place: $\partial w = \gamma r (g - \bar g - a \, u \langle u, g
+\rangle)$ and $\partial \gamma = \langle u, g \rangle$. The Jacobian is the same for
+every example, so a sum of gradients may be formed before it is applied.
+
+Source: Qiao et al. 2019 (arXiv:1903.10520); scaled by fan-in as in Brock et al. 2021
+(arXiv:2101.08692).
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dpsgd.kernels.dispatch import runs_on_triton
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # torch for CPU and macOS comes without triton
+    triton = None
+
+__all__ = [
+    "Standardization",
+    "standardize",
+    "standardize_reference",
+    "standardize_triton",
+    "unstandardize_",
+    "unstandardize_reference_",
+    "unstandardize_triton_",
+    "unstandardized_norms",
+    "unstandardized_norms_reference",
+    "unstandardized_norms_triton",
+]
+
+_EPS = 1e-4
+_ELEMENTS = 4096  # gradients that a program holds
+_NUM_WARPS = 8
+
+
+class Standardization(NamedTuple):
+    """How effective weights follow from raw ones.
+
+    Attributes:
+        unit: (O, KH, KW, I) weights u, of mean 0 and norm 1 in each row.
+        factor: (O,) r, by which centred raw weights were multiplied.
+        follows: (O,) a, 1 where r follows from the weights, else 0.
+        gain: (O,) parameter gamma.
+    """
+
+    unit: Tensor
+    factor: Tensor
+    follows: Tensor
+    gain: Tensor
+
+
+def standardize(
+    weight: Tensor, gain: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Standardization]:
+    """Returns effective weights.
+
+    Args:
+        weight: (O, KH, KW, I) raw weights.
+        gain: (O,) scale of each output channel.
+        dtype: Type of the effective weights.
+
+    Returns:
+        (O, KH, KW, I) effective weights, and how they follow from the raw ones, in
+        the type of `weight`.
+    """
+    on_triton = runs_on_triton(weight) and weight.dtype == torch.float32
+    run = standardize_triton if on_triton else standardize_reference
+    return run(weight, gain, dtype)
+
+
+def unstandardize_(grads: Tensor, standardization: Standardization) -> Tensor:
+    """Turns gradients of effective weights into those of raw ones, in place.
+
+    Args:
+        grads: (M, O, KH, KW, I) gradients g, contiguous, overwritten.
+        standardization: Of the weights.
+
+    Returns:
+        (M, O) gradients of the gain.
+    """
+    on_triton = runs_on_triton(grads) and grads.dtype == torch.float32
+    run = unstandardize_triton_ if on_triton else unstandardize_reference_
+    return run(grads, standardization)
+
+
+def unstandardized_norms(grads: Tensor, standardization: Standardization) -> Tensor:
+    """Returns squared norms of the gradients of raw weights and gain together.
+
+    Args:
+        grads: (M, O, KH, KW, I) gradients g, contiguous; left as they are.
+        standardization: Of the weights.
+
+    Returns:
+        (M,) float32, or wider if `grads` is.
+    """
+    on_triton = runs_on_triton(grads) and grads.dtype != torch.float64
+    run = unstandardized_norms_triton if on_triton else unstandardized_norms_reference
+    return run(grads, standardization)
+
+
+def standardize_reference(
+    weight: Tensor, gain: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Standardization]:
+    """Does what `standardize` does, in PyTorch."""
+    fan_in = math.prod(weight.shape[1:])
+    variance, mean = torch.var_mean(weight, dim=(1, 2, 3), correction=0, keepdim=True)
+    squared_norm = variance * fan_in
+    factor = torch.rsqrt(squared_norm.clamp(min=_EPS))
+    follows = (squared_norm >= _EPS).to(weight.dtype)
+    unit = (weight - mean) * factor
+    effective = (unit * gain.view(-1, 1, 1, 1)).to(dtype)
+    return effective, Standardization(unit, factor.flatten(), follows.flatten(), gain)
+
+
+def unstandardize_reference_(grads: Tensor, standardization: Standardization) -> Tensor:
+    """Does what `unstandardize_` does, in PyTorch."""
+    raw, along = _unstandardized(grads, standardization)
+    grads.copy_(raw.view_as(grads))
+    return along
+
+
+def unstandardized_norms_reference(
+    grads: Tensor, standardization: Standardization
+) -> Tensor:
+    """Does what `unstandardized_norms` does, in PyTorch."""
+    raw, along = _unstandardized(grads, standardization)
+    return raw.square().sum((1, 2)) + along.square().sum(1)
+
+
+def _unstandardized(
+    grads: Tensor, standardization: Standardization
+) -> tuple[Tensor, Tensor]:
+    """Returns (M, O, F) gradients of raw weights and (M, O) of the gain."""
+    unit, factor, follows, gain = standardization
+    flat = grads.flatten(2).to(torch.promote_types(grads.dtype, torch.float32))
+    direction = unit.flatten(1)  # (O, F)
+    along = torch.einsum("mof,of->mo", flat, direction)
+    mean = flat.mean(2, keepdim=True)
+    projected = flat - mean - (follows * along)[:, :, None] * direction
+    return projected * (gain * factor)[:, None], along
+
+
+def standardize_triton(
+    weight: Tensor, gain: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Standardization]:
+    """Does what `standardize` does, in one Triton launch."""
+    weight = weight.contiguous()
+    unit, effective = torch.empty_like(weight), torch.empty_like(weight, dtype=dtype)
+    factor, follows = torch.empty_like(gain), torch.empty_like(gain)
+    fan_in = weight[0].numel()
+    _standardize_kernel[(len(weight),)](
+        weight,
+        gain,
+        unit,
+        effective,
+        factor,
+        follows,
+        fan_in,
+        EPS=_EPS,
+        BLOCK=triton.next_power_of_2(fan_in),
+        num_warps=_NUM_WARPS,
+    )
+    return effective, Standardization(unit, factor, follows, gain)
+
+
+def unstandardize_triton_(grads: Tensor, standardization: Standardization) -> Tensor:
+    """Does what `unstandardize_` does, in one Triton launch."""
+    along = torch.empty(grads.shape[:2], device=grads.device, dtype=torch.float32)
+    _launch_unstandardize(grads, standardization, grads, along, stores=True)
+    return along
+
+
+def unstandardized_norms_triton(
+    grads: Tensor, standardization: Standardization
+) -> Tensor:
+    """Does what `unstandardized_norms` does, in one Triton launch and a sum."""
+    squares = torch.empty(grads.shape[:2], device=grads.device, dtype=torch.float32)
+    _launch_unstandardize(grads, standardization, grads, squares, stores=False)
+    return squares.sum(1)
+
+
+def _launch_unstandardize(
+    grads: Tensor,
+    standardization: Standardization,
+    out: Tensor,
+    rows: Tensor,
+    *,
+    stores: bool,
+) -> None:
+    """Stores gradients and those of the gain, or only the squared norm of each row."""
+    assert grads.is_contiguous()
+    num_examples, out_channels = rows.shape
+    fan_in = math.prod(grads.shape[2:])
+    block = triton.next_power_of_2(fan_in)
+    examples = max(1, min(_ELEMENTS // block, triton.next_power_of_2(num_examples)))
+    _unstandardize_kernel[(out_channels, triton.cdiv(num_examples, examples))](
+        grads,
+        *standardization,
+        out,
+        rows,
+        num_examples,
+        fan_in,
+        STORES=stores,
+        EXAMPLES=examples,
+        BLOCK=block,
+        num_warps=_NUM_WARPS,
+    )
+
+
+if triton is not None:
+
+    @triton.jit
+    def _standardize_kernel(
+        weight,
+        gain,
+        unit,
+        effective,
+        factor,
+        follows,
+        fan_in,
+        EPS: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):
+        """One program: one output channel."""
+        row = tl.program_id(0)
+        column = tl.arange(0, BLOCK)
+        inside = column < fan_in
+        at = row.to(tl.int64) * fan_in + column
+        value = tl.load(weight + at, mask=inside, other=0.0)
+        value = tl.where(inside, value - tl.sum(value) / fan_in, 0.0)
+        squared_norm = tl.sum(value * value)
+        scale = tl.rsqrt(tl.maximum(squared_norm, EPS))
+        value *= scale
+        tl.store(unit + at, value, mask=inside)
+        value *= tl.load(gain + row)
+        tl.store(effective + at, value.to(effective.dtype.element_ty), mask=inside)
+        tl.store(factor + row, scale)
+        tl.store(follows + row, tl.where(squared_norm >= EPS, 1.0, 0.0))
+
+    @triton.jit
+    def _unstandardize_kernel(
+        grads,
+        unit,
+        factor,
+        follows,
+        gain,
+        out,
+        rows,
+        num_examples,
+        fan_in,
+        STORES: tl.constexpr,
+        EXAMPLES: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):
+        """One program: one output channel of some examples."""
+        channel, out_channels = tl.program_id(0), tl.num_programs(0)
+        example = tl.program_id(1) * EXAMPLES + tl.arange(0, EXAMPLES)
+        column = tl.arange(0, BLOCK)
+        exists = example < num_examples
+        inside = exists[:, None] & (column < fan_in)[None, :]
+        row = example.to(tl.int64) * out_channels + channel
+        at = row[:, None] * fan_in + column[None, :]
+        grad = tl.load(grads + at, mask=inside, other=0.0).to(tl.float32)
+        at_unit = unit + channel * fan_in + column
+        direction = tl.load(at_unit, mask=column < fan_in, other=0.0)[None, :]
+        along = tl.sum(grad * direction, axis=1)
+        mean = tl.sum(grad, axis=1) / fan_in
+        slope = tl.load(gain + channel) * tl.load(factor + channel)
+        part = along * tl.load(follows + channel)
+        result = (grad - mean[:, None] - direction * part[:, None]) * slope
+        if STORES:
+            tl.store(out + at, result, mask=inside)
+            tl.store(rows + row, along, mask=exists)
+        else:
+            result = tl.where(inside, result, 0.0)
+            squares = tl.sum(result * result, axis=1) + along * along
+            tl.store(rows + row, squares, mask=exists)
