@@ -36,10 +36,10 @@ GIGA_MACS = {16: 0.393, 40: 1.299}
 WORK = {  # name: (depth, examples, views)
     "wrn16-4 K=16": (16, 128, 16),
     "wrn16-4 K=4": (16, 256, 4),
-    "wrn16-4 K=1": (16, 256, 1),
+    "wrn16-4 K=1": (16, 512, 1),
     "wrn40-4 K=16": (40, 64, 16),
 }
-OPERATORS = ("relu_group_norm", "standardized_conv")
+OPERATORS = ("fused_norm", "standardized_conv")
 WARM_UPS, PASSES = 3, 20
 
 
@@ -54,7 +54,7 @@ def plain_operators() -> Iterator[None]:
         yield
 
 
-def private(execution: str) -> Callable[..., Callable[[], Any]]:
+def private(execution: str, engine: str = "vmap") -> Callable[..., Callable[[], Any]]:
     """Returns what builds a private pass."""
 
     def build(model, images, labels):
@@ -62,7 +62,10 @@ def private(execution: str) -> Callable[..., Callable[[], Any]]:
         total = zeros_like(params)
         mask = torch.ones(len(labels), dtype=torch.bool, device=labels.device)
         grad_fn = clipped_grad(
-            per_example_loss(model), clipping_norm=1.0, execution=execution
+            per_example_loss(model),
+            clipping_norm=1.0,
+            engine=engine,
+            execution=execution,
         )
         return lambda: grad_fn.accumulate(total, params, images, labels, mask=mask)
 
@@ -94,8 +97,10 @@ PATHS: dict[str, tuple[Callable[..., Callable[[], Any]], bool]] = {
     "non-private, torch.compile": (non_private(compiled=True), False),
     "vmap(grad), eager": (private("eager"), False),
     "vmap(grad), torch.compile": (private("compile"), False),
-    "dpsgd, eager": (private("eager"), True),
-    "dpsgd, CUDA graph": (private("cuda_graph"), True),
+    "dpsgd vmap, eager": (private("eager"), True),
+    "dpsgd vmap, CUDA graph": (private("cuda_graph"), True),
+    "dpsgd ghost, eager": (private("eager", "ghost"), True),
+    "dpsgd ghost, CUDA graph": (private("cuda_graph", "ghost"), True),
 }
 
 
@@ -125,6 +130,8 @@ def measure(work: str, path: str, device: torch.device) -> dict[str, Any]:
     model.to(device)
     shape = (num_examples, num_views, *IMAGE_SHAPE)
     images = torch.randn(shape, device=device, dtype=getattr(torch, dtype))
+    images = images.flatten(0, 1).contiguous(memory_format=torch.channels_last)
+    images = images.unflatten(0, shape[:2])  # as the loader lays them out
     labels = torch.randint(NUM_CLASSES, (num_examples,), device=device)
     torch.compiler.reset()
     if device.type == "cuda":

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from dpsgd.checkpoint import Checkpoint, CheckpointStore, differences
-from dpsgd.clipping import ClippedGrad, Execution, clipped_grad
+from dpsgd.clipping import ClippedGrad, Engine, Execution, clipped_grad
 from dpsgd.config import Config
 from dpsgd.data import (
     DataSplits,
@@ -222,8 +222,26 @@ def _gradient_engine(config: Config, plan: Plan, model: nn.Module) -> ClippedGra
         clipping_norm=plan.mechanism.clipping_norm,
         rescale_to_unit_norm=plan.mechanism.rescale_to_unit_norm,
         microbatch_size=plan.microbatch_size,
+        engine=_engine(config, plan),
         execution=_execution(config, plan),
     )
+
+
+def _engine(config: Config, plan: Plan) -> Engine:
+    """Returns how per-sample gradients are bounded, which `auto` leaves to the device.
+
+    Raises:
+        ConfigError: The ghost engine is asked for with torch.compile.
+    """
+    runtime = config.runtime
+    is_compiled = runtime.execution == "compile"
+    if runtime.engine == "ghost" and is_compiled:
+        rule = "records layers, which torch.compile cannot follow"
+        remedy = "take runtime.execution=auto or runtime.engine=vmap"
+        raise ConfigError(fault("runtime.engine", "ghost", rule, remedy))
+    if runtime.engine != "auto":
+        return runtime.engine
+    return "ghost" if plan.device.type == "cuda" and not is_compiled else "vmap"
 
 
 def _execution(config: Config, plan: Plan) -> Execution:

@@ -105,6 +105,7 @@ def arithmetic_of(plan: Plan, config: Config) -> dict[str, Any]:
         "num_threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "microbatch_size": plan.microbatch_size,
+        "engine": config.runtime.engine,
         "execution": config.runtime.execution,
     }
 

@@ -1,5 +1,7 @@
 """Sums of clipped per-sample gradients, with their sensitivity."""
 
+from typing import Literal
+
 from dpsgd.clipping.base import (
     ClippedGrad,
     ClippedGrads,
@@ -7,9 +9,10 @@ from dpsgd.clipping.base import (
     PassStatistics,
     clip_factors,
 )
+from dpsgd.clipping.execution import Execution, RecordedClippedGrad
+from dpsgd.clipping.ghost import GhostClippedGrad
 from dpsgd.clipping.memory import MicrobatchMemory, measure_microbatch
 from dpsgd.clipping.vmap import (
-    Execution,
     VmapClippedGrad,
     per_sample_grads,
     per_sample_norms,
@@ -18,7 +21,9 @@ from dpsgd.clipping.vmap import (
 __all__ = [
     "ClippedGrad",
     "ClippedGrads",
+    "Engine",
     "Execution",
+    "GhostClippedGrad",
     "LossFn",
     "MicrobatchMemory",
     "PassStatistics",
@@ -29,6 +34,13 @@ __all__ = [
     "per_sample_norms",
 ]
 
+Engine = Literal["vmap", "ghost"]
+
+_ENGINES: dict[str, type[RecordedClippedGrad]] = {
+    "vmap": VmapClippedGrad,
+    "ghost": GhostClippedGrad,
+}
+
 
 def clipped_grad(
     loss_fn: LossFn,
@@ -36,6 +48,7 @@ def clipped_grad(
     clipping_norm: float,
     rescale_to_unit_norm: bool = False,
     microbatch_size: int | None = None,
+    engine: Engine = "vmap",
     execution: Execution = "eager",
 ) -> ClippedGrad:
     r"""Returns a function that sums clipped per-example gradients of `loss_fn`.
@@ -51,6 +64,8 @@ def clipped_grad(
         clipping_norm: Bound C on the L2 norm of one example's gradient, > 0.
         rescale_to_unit_norm: Divide clipped gradients by C; the sensitivity is then 1.
         microbatch_size: Examples a pass; None takes a batch in one. Memory only.
+        engine: `vmap` holds the per-sample gradients of a pass; `ghost` takes norms
+            layer by layer, and stores only what is cheap to store. Speed and memory.
         execution: `eager`, `compile` or `cuda_graph`; the latter two are worth it for
             many passes of one size. Speed only.
 
@@ -72,7 +87,7 @@ def clipped_grad(
     >>> grads.clipped_sum["w"], grads.per_sample_norms, grad_fn.l2_sensitivity
     (tensor([0.6000, 1.3000]), tensor([5.0000, 0.5000]), 1.0)
     """
-    return VmapClippedGrad(
+    return _ENGINES[engine](
         loss_fn,
         clipping_norm=clipping_norm,
         rescale_to_unit_norm=rescale_to_unit_norm,

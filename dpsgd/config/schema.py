@@ -209,6 +209,11 @@ class RuntimeConfig:
     microbatch_size: PositiveInt | Literal["auto"] = "auto"
     """Examples a pass: memory only; the update never depends on it."""
 
+    engine: Literal["auto", "vmap", "ghost"] = "auto"
+    """How gradients of examples are bounded: `vmap` holds those of a pass, `ghost`
+    takes norms layer by layer and stores what is cheap to store. `auto` is `ghost` on
+    CUDA, unless passes are compiled."""
+
     execution: Literal["auto", "eager", "compile", "cuda_graph"] = "auto"
     """How the gradient pass runs: operator by operator, compiled with torch.compile, or
     recorded once and replayed. `auto` replays on CUDA and is eager elsewhere."""
