@@ -20,7 +20,7 @@ import numpy as np
 
 __all__ = ["RandomStreams", "StreamName"]
 
-StreamName = Literal["init", "sampling", "augmentation", "noise"]
+StreamName = Literal["init", "sampling", "selection", "augmentation", "noise"]
 
 _KEY_BYTES = 16
 

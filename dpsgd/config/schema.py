@@ -60,6 +60,9 @@ class DataConfig:
     label_column: str | None = None
     """Parquet column of labels; found by its type when null."""
 
+    user_column: str | None = None
+    """Parquet column of integers or text that says whose each training example is."""
+
     num_examples: PositiveInt | None = None
     """Size N of the training set, a public constant that you declare. Null takes the
     published size of a named public data set; it is never counted from the files."""

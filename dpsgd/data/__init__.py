@@ -4,19 +4,23 @@
 """
 
 from dpsgd.data.augmentation import ViewParameters, draw_views, make_views, normalize
-from dpsgd.data.batches import ViewLoader
+from dpsgd.data.batches import LoadViews, UserViewLoader, ViewLoader
 from dpsgd.data.dataset import DataSplits, ImageDataset, place
 from dpsgd.data.facts import PublicFacts, declared_num_examples, published_facts
 from dpsgd.data.sampling import Microbatch, PoissonSampler, microbatches
 from dpsgd.data.sources import SOURCES, load_datasets
+from dpsgd.data.users import UserExamples
 
 __all__ = [
     "SOURCES",
     "DataSplits",
     "ImageDataset",
+    "LoadViews",
     "Microbatch",
     "PoissonSampler",
     "PublicFacts",
+    "UserExamples",
+    "UserViewLoader",
     "ViewLoader",
     "ViewParameters",
     "declared_num_examples",

@@ -1,6 +1,7 @@
-"""From a draw of examples to microbatches of views on the device."""
+"""From a draw of examples, or of users, to microbatches of views on the device."""
 
 from collections.abc import Iterator
+from typing import Protocol, final
 
 import numpy as np
 import torch
@@ -11,9 +12,28 @@ from dpsgd.config import DataConfig
 from dpsgd.data.augmentation import cut_views, draw_views, pixel_levels
 from dpsgd.data.dataset import ImageDataset, upload
 from dpsgd.data.sampling import microbatches
+from dpsgd.data.users import UserExamples
 from dpsgd.rng import RandomStreams
 
-__all__ = ["ViewLoader"]
+__all__ = ["LoadViews", "UserViewLoader", "ViewLoader"]
+
+
+class LoadViews(Protocol):
+    """Turns the draw of a step into microbatches for the gradient engine."""
+
+    def __call__(
+        self, draw: NDArray[np.int64], step: int
+    ) -> Iterator[tuple[Tensor, ...]]:
+        """Yields the arguments of the loss, then mask (M,), False for padding.
+
+        The first axis of each counts the M units of the microbatch. An empty draw
+        yields nothing: its sum is zero, and noise is added all the same.
+
+        Args:
+            draw: Drawn units, each once.
+            step: Step number, from which all that is random here follows.
+        """
+        ...
 
 
 class ViewLoader:
@@ -90,3 +110,77 @@ class ViewLoader:
                 images, self._levels, parameters.microbatch(part.start, size)
             )
             yield views, labels[place], mask[place]
+
+
+@final
+class UserViewLoader:
+    """Makes the views of every drawn user's examples, one microbatch at a time.
+
+    Args:
+        dataset: Training examples, on any device, with their users.
+        config: Augmentation, its multiplicity, and normalisation constants.
+        streams: Streams of the run: `selection` and `augmentation` are used.
+        max_examples: Most examples S of a user in one step.
+        microbatch_size: Users M of every microbatch; the last one is padded.
+        padded_to: The last one is padded to a multiple of this; None pads it to M.
+        dtype: Type of the views.
+        device: Where views are made.
+    """
+
+    def __init__(
+        self,
+        dataset: ImageDataset,
+        *,
+        config: DataConfig,
+        streams: RandomStreams,
+        max_examples: int,
+        microbatch_size: int,
+        padded_to: int | None = None,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        assert dataset.users is not None
+        self._users = UserExamples(dataset.users)
+        self._streams = streams
+        self._max_examples = max_examples
+        self._microbatch_size = microbatch_size
+        self._device = device
+        self._load_examples = ViewLoader(
+            dataset,
+            config=config,
+            streams=streams,
+            microbatch_size=microbatch_size * max_examples,
+            padded_to=None if padded_to is None else padded_to * max_examples,
+            dtype=dtype,
+            device=device,
+        )
+
+    def __call__(
+        self, draw: NDArray[np.int64], step: int
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """Yields views (M, S, K, C, H, W), labels (M, S), present (M, S), mask (M,).
+
+        `present` is False where a user has fewer than S examples, the mask where there
+        is no user. An empty draw yields nothing.
+
+        Args:
+            draw: Drawn users, each once.
+            step: Step number, from which selection and augmentation follow.
+        """
+        size = self._max_examples
+        rng = self._streams.generator("selection", step)
+        rows, chosen = self._users.select(draw, max_examples=size, rng=rng)
+        padding = np.zeros((self._microbatch_size, size), np.bool_)
+        present = upload(
+            torch.from_numpy(np.concatenate([chosen, padding])), self._device
+        )
+        start = 0
+        for views, labels, mask in self._load_examples(rows.ravel(), step):
+            num_users = len(mask) // size
+            yield (
+                views.view(num_users, size, *views.shape[1:]),  # (M, S, K, C, H, W)
+                labels.view(num_users, size),
+                present[start : start + num_users],
+                mask.view(num_users, size)[:, 0],
+            )
+            start += num_users

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,6 +27,8 @@ class ImageDataset:
         class_names: Name of each class in label order; () if the source declares
             none, because the number of classes must not be counted from private
             labels. `dataclasses.replace` declares them later and checks again.
+        users: (N,) int64, on the CPU, the user whom each example belongs to; users are
+            numbered from 0 without gaps. None if the source knows no users.
 
     Raises:
         DataError: A shape, type or label is not as above; a bad label is named by
@@ -35,6 +38,7 @@ class ImageDataset:
     images: Tensor
     labels: Tensor
     class_names: tuple[str, ...] = ()
+    users: Tensor | None = None
 
     def __post_init__(self) -> None:
         _check_tensor("images", self.images, torch.uint8, "(N, C, H, W)")
@@ -48,6 +52,8 @@ class ImageDataset:
             )
             raise DataError(message)
         self._check_labels()
+        if self.users is not None:
+            self._check_users(self.users)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -58,6 +64,18 @@ class ImageDataset:
         _, channels, height, width = self.images.shape
         return channels, height, width
 
+    @property
+    def num_users(self) -> int:
+        """Users held: sensitive like the number of examples, and as little public.
+
+        Raises:
+            DataError: The source knows no users.
+        """
+        if self.users is None:
+            rule = "the data set does not say whose each example is"
+            raise DataError(fault("data.user_column", None, rule, "name the column"))
+        return int(self.users.max()) + 1
+
     def to(self, device: torch.device | str) -> "ImageDataset":
         """Returns the data set with both tensors on `device`."""
         return dataclasses.replace(
@@ -65,14 +83,15 @@ class ImageDataset:
         )
 
     def fingerprint(self) -> str:
-        """Returns the SHA-256 of shape, images and labels, as 64 hexadecimal digits.
+        """Returns the SHA-256 of shape, images, labels and users, in hexadecimal.
 
         Tells a resumed run whether it still has the same data. It is a function of
         private data without noise: never publish it.
         """
         digest = hashlib.sha256(repr(tuple(self.images.shape)).encode())
-        for tensor in (self.images, self.labels):
-            digest.update(tensor.cpu().contiguous().numpy().data)
+        for tensor in (self.images, self.labels, self.users):
+            if tensor is not None:
+                digest.update(tensor.cpu().contiguous().numpy().data)
         return digest.hexdigest()
 
     def _check_labels(self) -> None:
@@ -87,6 +106,19 @@ class ImageDataset:
                 int(self.labels[index]),
                 f"must be {rule}",
                 "correct the label or declare its class",
+            )
+            raise DataError(message)
+
+    def _check_users(self, users: Tensor) -> None:
+        """Refuses users that do not fit the examples, or are not numbered from 0."""
+        _check_tensor("users", users, torch.int64, "(N,)")
+        numbers = np.unique(users.numpy())
+        if len(users) != len(self) or (numbers != np.arange(len(numbers))).any():
+            message = fault(
+                "users",
+                f"<{len(users)} entries, {len(numbers)} different>",
+                "must be one an example, numbered from 0 without gaps",
+                "number them in the order in which they first occur",
             )
             raise DataError(message)
 

@@ -2,8 +2,10 @@
 
 The image column is a struct of `bytes` and `path`, or plain binary; the label column
 holds integers. Class names come from the ClassLabel feature in the file's metadata.
+A training file may also say in a column to which user each example belongs.
 """
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from dpsgd.config.schema import DataConfig
 from dpsgd.data.dataset import DataSplits, ImageDataset
@@ -23,14 +26,20 @@ from dpsgd.errors import ConfigError, DataError, fault
 __all__ = ["load_parquet"]
 
 _ROWS_PER_READ = 1024
+_KINDS = {
+    "image_column": "image bytes",
+    "label_column": "integers",
+    "user_column": "integers or text",
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Columns:
-    """Where a file keeps images and labels; no class names if it declares none."""
+    """Where a file keeps what; no class names if it declares none."""
 
     image: str
     label: str
+    user: str | None
     class_names: tuple[str, ...]
 
 
@@ -54,7 +63,7 @@ def load_parquet(config: DataConfig) -> DataSplits:
     Each is a file, a list of files, a glob, or a folder of shards (sorted by name).
     Columns are found by type unless `data.image_column` or `data.label_column` names
     them. Without declared classes, `class_names` is () and the model's configuration
-    must state their number.
+    must state their number. `data.user_column` is read from the training files alone.
 
     Args:
         config: The section `data`.
@@ -66,7 +75,9 @@ def load_parquet(config: DataConfig) -> DataSplits:
     """
     train_paths, test_paths = resolve_splits(config, shard_suffix=".parquet")
     train = _open_shards("data.train", train_paths, config)
-    test = _open_shards("data.test", test_paths, config)
+    test = _open_shards(
+        "data.test", test_paths, dataclasses.replace(config, user_column=None)
+    )
     return DataSplits(train=_load_split(train), test=_load_split(test))
 
 
@@ -104,11 +115,15 @@ def _load_split(shards: list[_Shard]) -> ImageDataset:
             shards[0].field, shards[0].path, "holds no rows", "name files with images"
         )
         raise DataError(message)
+    users = None
+    if shards[0].columns.user is not None:
+        users = _number_users([user for one in shards for user in _read_users(one)])
     encoded = (image for shard in shards for image in _encoded_images(shard))
     return ImageDataset(
         images=decode_images(encoded, len(labels)),
         labels=torch.from_numpy(labels),
         class_names=shards[0].columns.class_names,
+        users=users,
     )
 
 
@@ -135,6 +150,27 @@ def _read_labels(shard: _Shard) -> NDArray[np.int64]:
             "correct the label, or the classes in the file's metadata",
         )
     return labels
+
+
+def _read_users(shard: _Shard) -> list[str]:
+    """Returns the user of every row of one file, as text whatever the column's type."""
+    import pyarrow as pa
+
+    with _reading(shard.field, shard.path):
+        column = shard.file.read(columns=[shard.columns.user]).column(0)
+        users: list[str | None] = column.cast(pa.string()).to_pylist()
+    for row, user in enumerate(users):
+        if not user:
+            # Rows of unknown users are not one user, and not one user each either.
+            rule = "has no user, and the guarantee is per user"
+            raise shard.fault(row, rule, "name the row's user or remove the row")
+    return [user for user in users if user]
+
+
+def _number_users(users: list[str]) -> Tensor:
+    """Returns users as numbers from 0, in the order in which they first occur."""
+    numbers = {user: number for number, user in enumerate(dict.fromkeys(users))}
+    return torch.tensor([numbers[user] for user in users])
 
 
 def _encoded_images(shard: _Shard) -> Iterator[EncodedImage]:
@@ -166,15 +202,24 @@ def _image_bytes(column: Any) -> list[bytes | None]:
 
 
 def _find_columns(schema: Any, path: Path, config: DataConfig) -> _Columns:
-    """Finds the image and label columns of one file, by name or by type."""
+    """Finds the columns of one file, by name, or images and labels by type."""
     import pyarrow as pa
 
     images = [field.name for field in schema if _holds_images(field.type)]
-    labels = [field.name for field in schema if pa.types.is_integer(field.type)]
+    labels = [
+        field.name
+        for field in schema
+        if pa.types.is_integer(field.type) and field.name != config.user_column
+    ]
     label = _pick("label_column", config.label_column, labels, path)
+    user = config.user_column
+    if user is not None:
+        names = [field.name for field in schema if _holds_names(field.type)]
+        user = _pick("user_column", user, names, path)
     return _Columns(
         image=_pick("image_column", config.image_column, images, path),
         label=label,
+        user=user,
         class_names=_class_names(schema.metadata or {}, label, path),
     )
 
@@ -191,17 +236,26 @@ def _holds_images(column_type: Any) -> bool:
     )
 
 
+def _holds_names(column_type: Any) -> bool:
+    """Tells whether a column may hold what tells users apart: integers or text."""
+    import pyarrow as pa
+
+    if pa.types.is_dictionary(column_type):
+        return _holds_names(column_type.value_type)
+    tests = (pa.types.is_integer, pa.types.is_string, pa.types.is_large_string)
+    return any(test(column_type) for test in tests)
+
+
 def _pick(setting: str, wanted: str | None, candidates: list[str], path: Path) -> str:
     """Returns the column that is named, or the only candidate."""
     if wanted in candidates:
         return wanted
     if wanted is None and len(candidates) == 1:
         return candidates[0]
-    kind = "image bytes" if setting == "image_column" else "integers"
     message = fault(
         f"data.{setting}",
         wanted,
-        f"must name the column of {kind} in {path}",
+        f"must name the column of {_KINDS[setting]} in {path}",
         f"candidates: {', '.join(candidates) or 'none'}",
     )
     raise ConfigError(message)

@@ -369,3 +369,72 @@ def test_labels_of_any_integer_type_become_int64(tmp_path: Path) -> None:
 
     assert splits.train.labels.dtype == torch.int64
     assert splits.train.labels.tolist() == [0, 200]
+
+
+def train_of_users(folder: Path, users: list[Any], *, name: str = "a") -> str:
+    """A training file whose column `owner` says whose each row is."""
+    images = [encode(one) for one in random_pixels(len(users))]
+    column = users if isinstance(users, pa.Array) else pa.array(users)
+    path = folder / f"{name}.parquet"
+    return write(path, images, [0] * len(users), more={"owner": column})
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pa.array([7, 3, 7, 2**63], pa.uint64()),
+        pa.array(["b", "a", "b", "c"]),
+        pa.array(["b", "a", "b", "c"], pa.large_string()),
+        pa.array(["b", "a", "b", "c"]).dictionary_encode(),
+    ],
+    ids=["integers", "text", "large_text", "dictionary"],
+)
+def test_users_are_numbered_in_the_order_in_which_they_occur(
+    tmp_path: Path, column: Any
+) -> None:
+    train = train_of_users(tmp_path, column)
+    splits = load(train, write_test(tmp_path), user_column="owner")
+
+    assert splits.train.users is not None
+    assert splits.train.users.tolist() == [0, 1, 0, 2]
+    assert splits.test.users is None  # a test file needs no such column
+
+
+def test_a_user_is_the_same_in_every_shard_whatever_its_type(tmp_path: Path) -> None:
+    train = (
+        train_of_users(tmp_path, [4, 5]),
+        train_of_users(tmp_path, ["5", "6"], name="b"),
+    )
+    users = load(train, write_test(tmp_path), user_column="owner").train.users
+
+    assert users is not None
+    assert users.tolist() == [0, 1, 1, 2]
+
+
+@pytest.mark.parametrize("missing", [None, ""])
+def test_a_row_without_a_user_is_named(tmp_path: Path, missing: str | None) -> None:
+    train = train_of_users(tmp_path, ["a", "b", missing])
+    with pytest.raises(DataError, match=r"a\.parquet, row 2: has no user, and the gua"):
+        load(train, write_test(tmp_path), user_column="owner")
+
+
+def test_a_column_of_users_that_is_not_there_or_unfit_is_refused(
+    tmp_path: Path,
+) -> None:
+    test = write_test(tmp_path)
+    train = train_of_users(tmp_path, ["a", "b"])
+    rule = r"must name the column of integers or text in .*a\.parquet; candidates: "
+    with pytest.raises(ConfigError, match=rf"user_column=owners: {rule}label, owner"):
+        load(train, test, user_column="owners")
+    train = train_of_users(tmp_path, [0.5, float("nan")])
+    with pytest.raises(ConfigError, match=rf"user_column=owner: {rule}label"):
+        load(train, test, user_column="owner")
+
+
+def test_integer_users_are_not_taken_for_labels(tmp_path: Path) -> None:
+    train = train_of_users(tmp_path, [10, 11, 11])
+    splits = load(train, write_test(tmp_path), user_column="owner")
+
+    assert splits.train.labels.tolist() == [0, 0, 0]
+    with pytest.raises(ConfigError, match=r"label_column=null.*tes: label, owner"):
+        load(train, write_test(tmp_path))
