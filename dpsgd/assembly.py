@@ -14,8 +14,10 @@ from dpsgd.clipping import ClippedGrad, Engine, Execution, clipped_grad
 from dpsgd.config import Config
 from dpsgd.data import (
     DataSplits,
+    LoadViews,
     PoissonSampler,
     PublicFacts,
+    UserViewLoader,
     ViewLoader,
     declared_num_examples,
     load_datasets,
@@ -30,6 +32,7 @@ from dpsgd.models import (
     check_model,
     initialize,
     per_example_loss,
+    per_user_loss,
     trainable_params,
 )
 from dpsgd.optim import Optimizer
@@ -165,8 +168,13 @@ def _network(config: Config, facts: PublicFacts, splits: DataSplits) -> nn.Modul
 
 def _facts(config: Config, splits: DataSplits) -> PublicFacts:
     """Returns the public facts of loaded data, whose size is declared, not counted."""
+    if config.privacy.unit == "user":
+        size = config.data.num_users
+        assert size is not None  # the loader sees to it
+    else:
+        size = declared_num_examples(config.data, rows_held=len(splits.train))
     return PublicFacts(
-        num_examples=declared_num_examples(config.data, rows_held=len(splits.train)),
+        num_examples=size,
         image_shape=splits.train.image_shape,
         class_names=splits.train.class_names,
     )
@@ -207,9 +215,11 @@ def _ledger(config: Config, plan: Plan) -> PrivacyLedger:
 
 
 def _sampler(plan: Plan, splits: DataSplits, streams: RandomStreams) -> PoissonSampler:
-    """Returns "Take a random sample" for the training set."""
+    """Returns "Take a random sample" for the examples or users of the training set."""
     rate = plan.mechanism.sample_rate
     num_rows = len(splits.train)
+    if plan.mechanism.unit == "user":
+        num_rows = splits.train.num_users
     return PoissonSampler(num_rows=num_rows, sample_rate=rate, streams=streams)
 
 
@@ -217,8 +227,9 @@ def _gradient_engine(config: Config, plan: Plan, model: nn.Module) -> ClippedGra
     """Returns "Compute gradient" and "Clip gradient" for the network."""
     # Shapes are fixed, so the search for the fastest convolution pays at once.
     torch.backends.cudnn.benchmark = plan.device.type == "cuda"
+    by_user = plan.mechanism.unit == "user"
     return clipped_grad(
-        per_example_loss(model),
+        per_user_loss(model) if by_user else per_example_loss(model),
         clipping_norm=plan.mechanism.clipping_norm,
         rescale_to_unit_norm=plan.mechanism.rescale_to_unit_norm,
         microbatch_size=plan.microbatch_size,
@@ -258,12 +269,17 @@ def _execution(config: Config, plan: Plan) -> Execution:
 
 def _view_loader(
     config: Config, plan: Plan, splits: DataSplits, streams: RandomStreams
-) -> ViewLoader:
+) -> LoadViews:
     """Returns what turns draws of the training set into views."""
     # A draw ends, on average, half a microbatch early. Two sizes are worth recording.
     is_recorded = _execution(config, plan) == "cuda_graph"
     half = math.ceil(plan.microbatch_size / 2)
-    return ViewLoader(
+    make_loader: Callable[..., LoadViews] = ViewLoader
+    if plan.mechanism.unit == "user":
+        most = config.privacy.max_examples_per_user
+        assert most is not None  # the loader of settings sees to it
+        make_loader = partial(UserViewLoader, max_examples=most)
+    return make_loader(
         place(splits.train, plan.device),
         config=config.data,
         streams=streams,

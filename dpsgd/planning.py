@@ -39,7 +39,7 @@ class Plan:
         epsilon: Bounds on epsilon after all steps; the upper one is promised.
         num_parameters: Trainable scalars.
         memory: Bytes on the device.
-        microbatch_size: Examples a pass.
+        microbatch_size: Units, examples or users, a pass.
         device: Where.
     """
 
@@ -55,13 +55,16 @@ class Plan:
     def rows(self, config: Config) -> list[tuple[str, str]]:
         """Returns what to show, as (name, value) in words."""
         mechanism, privacy = self.mechanism, config.privacy
+        units = f"{mechanism.unit}s"
         views = config.data.augmentation_multiplicity
         needed = self.memory.total(self.microbatch_size) / 2**20
         seeded = config.train.seed is not None
+        of_users = [("examples a user", f"at most {privacy.max_examples_per_user}")]
         return [
-            ("examples", f"{self.facts.num_examples:,} (public, declared)"),
+            (units, f"{self.facts.num_examples:,} (public, declared)"),
             ("sample rate", f"{mechanism.sample_rate:.6g} (Poisson)"),
-            ("expected batch", f"{mechanism.expected_batch_size:,g} examples"),
+            ("expected batch", f"{mechanism.expected_batch_size:,g} {units}"),
+            *(of_users if mechanism.unit == "user" else []),
             ("views an example", f"{views} ({config.data.augmentation})"),
             ("normalisation", _constants(config)),
             ("steps", f"{mechanism.num_steps:,}"),
@@ -70,12 +73,12 @@ class Plan:
             ("epsilon (upper bound)", _epsilon(self.epsilon.upper)),
             ("delta", f"{mechanism.delta:g}"),
             ("accountant", privacy.accountant),
-            ("neighbours", mechanism.adjacency),
+            ("neighbours", f"{mechanism.adjacency} {mechanism.unit}"),
             ("network", f"{config.model.name}, {config.model.compute_dtype}"),
             ("parameters", f"{self.num_parameters:,}"),
             (
                 "microbatch",
-                f"{self.microbatch_size} examples, about {needed:,.0f} MiB on "
+                f"{self.microbatch_size} {units}, about {needed:,.0f} MiB on "
                 f"{self.device}",
             ),
             (
@@ -116,7 +119,7 @@ def build_mechanism(
 
     Args:
         config: Settings.
-        num_examples: Public size N of the training set.
+        num_examples: Public size N of the training set, in units.
         accountant: Certifies that the target is kept.
 
     Raises:
@@ -124,12 +127,13 @@ def build_mechanism(
             the target; one line for each.
     """
     privacy = config.privacy
+    units = f"{privacy.unit}s"
     faults = []
     if privacy.delta >= 1 / num_examples:
-        rule = f"must be below 1/num_examples ({1 / num_examples:.1e})"
+        rule = f"must be below 1/num_{units} ({1 / num_examples:.1e})"
         faults.append(fault("privacy.delta", privacy.delta, rule, "lower delta"))
     if privacy.expected_batch_size > num_examples:
-        rule = f"the sample rate would pass 1: must be at most {num_examples} examples"
+        rule = f"the sample rate would pass 1: must be at most {num_examples} {units}"
         value = privacy.expected_batch_size
         faults.append(fault("privacy.expected_batch_size", value, rule, "lower it"))
     if faults:
@@ -153,6 +157,7 @@ def build_mechanism(
         expected_batch_size=privacy.expected_batch_size,
         delta=privacy.delta,
         rescale_to_unit_norm=privacy.rescale_to_unit_norm,
+        unit=privacy.unit,
     )
 
 
@@ -177,7 +182,7 @@ def make_plan(
     memory = measure_microbatch(
         model,
         image_shape=facts.image_shape,
-        num_views=config.data.augmentation_multiplicity,
+        num_views=config.views_per_unit,
         device=device.type,
         compute_dtype=getattr(torch, config.model.compute_dtype),
     )
@@ -214,10 +219,9 @@ def _choose_microbatch_size(
     share = int(_MEMORY_SHARE * available)
     if device.type == "cpu":
         share = min(share, memory.fixed + _CPU_MICROBATCH_BYTES)
-    views = config.data.augmentation_multiplicity
     most = min(
         memory.largest_fitting(share),
-        _VIEWS_PER_PASS[device.type] // views,
+        _VIEWS_PER_PASS[device.type] // config.views_per_unit,
         math.ceil(config.privacy.expected_batch_size),
     )
     return 1 << max(0, most.bit_length() - 1)  # a power of two, at least 1

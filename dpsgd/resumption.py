@@ -26,7 +26,7 @@ __all__ = [
     "identity_of",
 ]
 
-_FORMAT = 2
+_FORMAT = 3
 # Where the data lie, how fast and how often we look may change between the pieces of
 # a run; everything else decides what is learned or guaranteed.
 _MAY_CHANGE = ("runtime", "eval", "report")

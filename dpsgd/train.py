@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dpsgd.clipping import ClippedGrad, PassStatistics
 from dpsgd.config import Config
-from dpsgd.data import PoissonSampler, ViewLoader
+from dpsgd.data import LoadViews, PoissonSampler
 from dpsgd.errors import UserError, fault
 from dpsgd.evaluate import Evaluation
 from dpsgd.optim import Optimizer, noisy_descent_
@@ -58,7 +58,7 @@ class Run:
     ledger: PrivacyLedger
     streams: RandomStreams
     sampler: PoissonSampler
-    load_views: ViewLoader
+    load_views: LoadViews
     grad_fn: ClippedGrad
     evaluate: Callable[[Params], Evaluation]
     save: Callable[["TrainState"], None]
@@ -81,7 +81,7 @@ class Run:
 
     def views_per_second(self, state: "TrainState") -> float:
         """Returns expected views over the time that steps take once warmed up."""
-        views = self.config.data.augmentation_multiplicity
+        views = self.config.views_per_unit
         views_per_step = self.mechanism.expected_batch_size * views
         if state.timed_steps == 0:
             return views_per_step * state.step / max(state.train_seconds, 1e-9)
@@ -185,8 +185,8 @@ def train_step(run: Run, state: TrainState) -> list[PassStatistics]:
     # "Compute gradient", "Clip gradient", and their sum
     clipped_sum = zeros_like(state.params)
     passes = [
-        run.grad_fn.accumulate(clipped_sum, state.params, views, labels, mask=mask)
-        for views, labels, mask in run.load_views(draw, state.step)
+        run.grad_fn.accumulate(clipped_sum, state.params, *batch, mask=mask)
+        for *batch, mask in run.load_views(draw, state.step)
     ]
     # "Add noise", divide by the expected batch size L, "Descent"; then the average
     noisy_descent_(

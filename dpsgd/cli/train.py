@@ -44,6 +44,16 @@ __all__ = ["main"]
 
 _SIGNAL_EXIT = 128  # a shell's code for a process that a signal ended
 _GRACE_SECONDS = 2.0
+# What of the report goes with the weights wherever they are copied to.
+_GUARANTEE = (
+    "epsilon",
+    "delta",
+    "unit",
+    "adjacency",
+    "accountant",
+    "num_steps",
+    "seeded",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -139,7 +149,7 @@ def _train_locked(
     console.print(f"run directory: {directory.path}", highlight=False, soft_wrap=True)
     held, declared = run.sampler.num_rows, plan.facts.num_examples
     if held != declared:
-        text = f"{held} examples are held, {declared} are declared"
+        text = f"{held} {run.mechanism.unit}s are held, {declared} are declared"
         console.print(f"note: {text}: sample rate and divisor follow the declared size")
     stop = _StopSignal()
     metrics = MetricsWriter(directory.metrics, from_step=state.step)
@@ -265,8 +275,7 @@ def _leave(
     report = _report(run, state, record, outcome)
     weights = {f"last/{name}": leaf for name, leaf in state.params.items()}
     weights |= {f"ema/{name}": leaf for name, leaf in (state.ema or {}).items()}
-    told = ("epsilon", "delta", "adjacency", "accountant", "num_steps", "seeded")
-    facts = {"step": state.step, **{name: report[name] for name in told}}
+    facts = {"step": state.step, **{name: report[name] for name in _GUARANTEE}}
     write_tensors(directory.weights, weights, facts)
     write_atomically(directory.report, to_json(report, indent=2).encode())
     results = {
@@ -277,7 +286,7 @@ def _leave(
     epsilon, delta = report["epsilon"], report["delta"]
     guarantee = "NO privacy guarantee"
     if epsilon is not None:
-        guarantee = f"({rounded_up(epsilon)}, {delta:g})-DP"
+        guarantee = f"({rounded_up(epsilon)}, {delta:g})-DP per {report['unit']}"
     console.print(per_class_table(report["per_class_accuracy"]))
     console.print(result_table(results, title=f"Result, {guarantee}"))
     if outcome == "budget_spent":
@@ -303,6 +312,7 @@ def _report(
         "largest_gap": best_known.largest_gap,
         "epsilon": epsilon if epsilon < float("inf") else None,
         "delta": mechanism.delta,
+        "unit": mechanism.unit,
         "adjacency": mechanism.adjacency,
         "accountant": run.config.privacy.accountant,
         "noise_multiplier": mechanism.noise_multiplier,

@@ -251,8 +251,41 @@ def _cross_checks(config: Config) -> list[str]:
     if not 0 < privacy.delta < 1:
         rule = "must be in (0, 1), and below 1/num_examples"
         faults.append(fault("privacy.delta", privacy.delta, rule, "lower delta"))
+    faults += _unit_faults(config)
     if config.optimizer.warmup_steps >= config.train.num_steps > 0:
         rule = f"must be below train.num_steps ({config.train.num_steps})"
         value = config.optimizer.warmup_steps
         faults.append(fault("optimizer.warmup_steps", value, rule, "shorten it"))
     return faults
+
+
+def _unit_faults(config: Config) -> list[str]:
+    """Returns what is missing for the unit of privacy, or given for another one.
+
+    A setting of users is refused where examples are the unit: who names users wants
+    them protected, and must not be told an epsilon of something weaker.
+    """
+    data, privacy = config.data, config.privacy
+    column, most = data.user_column, privacy.max_examples_per_user
+    settings = [
+        ("data.user_column", column, "name the column of users"),
+        ("privacy.max_examples_per_user", most, "give a public limit"),
+    ]
+    if privacy.unit == "example":
+        rule, remedy = "goes with privacy.unit=user only", "set it, or remove this"
+        return [
+            fault(name, value, rule, remedy)
+            for name, value, _ in settings
+            if value is not None
+        ]
+    if data.source != "parquet":
+        rule = f"data.source={data.source} does not know users"
+        return [fault("privacy.unit", "user", rule, "take data.source=parquet")]
+    remedy = "declare that public number, which is never counted from private data"
+    settings.append(("data.num_users", data.num_users, remedy))
+    rule = "is required with privacy.unit=user"
+    return [
+        fault(name, None, rule, remedy)
+        for name, value, remedy in settings
+        if value is None
+    ]

@@ -26,12 +26,14 @@ __all__ = [
     "ModelConfig",
     "OptimizerConfig",
     "PrivacyConfig",
+    "PrivacyUnit",
     "ReportConfig",
     "RuntimeConfig",
     "TrainConfig",
 ]
 
 AugmentationName = Literal["none", "flip", "crop", "crop_flip"]
+PrivacyUnit = Literal["example", "user"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,11 +63,16 @@ class DataConfig:
     """Parquet column of labels; found by its type when null."""
 
     user_column: str | None = None
-    """Parquet column of integers or text that says whose each training example is."""
+    """Parquet column of integers or text that says whose each training example is;
+    goes with `privacy.unit: user`. Two names of one person are two users."""
 
     num_examples: PositiveInt | None = None
     """Size N of the training set, a public constant that you declare. Null takes the
     published size of a named public data set; it is never counted from the files."""
+
+    num_users: PositiveInt | None = None
+    """Number N of users in the training set where the unit is the user, a public
+    constant that you declare like `num_examples`; never counted from the files."""
 
     mean: tuple[UnitInterval, ...] = (0.5,)
     """Public constant a channel, in [0, 1], subtracted from pixels / 255. Never
@@ -121,6 +128,15 @@ class ModelConfig:
 class PrivacyConfig:
     """The guarantee, and the mechanism that provides it."""
 
+    unit: PrivacyUnit = "example"
+    """Whose presence is hidden: one example, with all its views, or one user, with all
+    its examples. Users come from `data.user_column`."""
+
+    max_examples_per_user: PositiveInt | None = None
+    """Most examples of one user in a step, >= 1, public; needed where the unit is the
+    user. A user with more takes part with a new random subset every step. Passes cost
+    as if every user had this many."""
+
     target_epsilon: Positive | None = None
     """Epsilon to spend at most, > 0; the noise multiplier is calibrated to it.
     Exactly one of this and `noise_multiplier` is given."""
@@ -132,14 +148,15 @@ class PrivacyConfig:
     """Hard limit, > 0: training stops before the step that would pass it."""
 
     delta: float
-    """Delta of (epsilon, delta)-DP, in (0, 1/num_examples)."""
+    """Delta of (epsilon, delta)-DP, in (0, 1/num_examples), or (0, 1/num_users)."""
 
     expected_batch_size: Positive
-    """Public expected number of examples a step: the divisor of every update, and the
-    sampling probability once divided by `num_examples`."""
+    """Public expected number of units, examples or users, a step: the divisor of every
+    update, and the sampling probability once divided by `num_examples` or
+    `num_users`."""
 
     clipping_norm: Norm = 1.0
-    """Bound C on the L2 norm of one example's gradient, >= 1e-12, in gradient units."""
+    """Bound C on the L2 norm of one unit's gradient, >= 1e-12, in gradient units."""
 
     rescale_to_unit_norm: bool = True
     """Divide clipped gradients by C, so that the learning rate does not depend on C."""
@@ -210,7 +227,7 @@ class RuntimeConfig:
     """`auto` (CUDA if there is one), `cpu`, `cuda` or `cuda:N`."""
 
     microbatch_size: PositiveInt | Literal["auto"] = "auto"
-    """Examples a pass: memory only; the update never depends on it."""
+    """Examples or users a pass: memory only; the update never depends on it."""
 
     engine: Literal["auto", "vmap", "ghost"] = "auto"
     """How gradients of examples are bounded: `vmap` holds those of a pass, `ghost`
@@ -268,3 +285,9 @@ class Config:
 
     report: ReportConfig = field(default_factory=ReportConfig)
     """Reporting."""
+
+    @property
+    def views_per_unit(self) -> int:
+        """Views that a pass makes of one unit: K, or K of each of a user's examples."""
+        examples = self.privacy.max_examples_per_user or 1
+        return examples * self.data.augmentation_multiplicity

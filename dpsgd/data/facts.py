@@ -18,7 +18,8 @@ class PublicFacts:
     """What is known of a training set without looking at its examples.
 
     Attributes:
-        num_examples: Size N, a public constant.
+        num_examples: Size N, a public constant: of examples, or of users where users
+            are the unit of privacy.
         image_shape: (C, H, W) of one image.
         class_names: Classes, in the order of the labels; empty if none are declared.
     """

@@ -31,7 +31,8 @@ class PoissonSampler:
     other steps and the number of rows. Instead of one coin a row, the gaps between
     included rows are drawn: they are independent and geometric,
     P(gap >= k) = (1 - q)^k, which floor(E / -log(1 - q)) has for a standard
-    exponential E. The work is O(q num_rows).
+    exponential E. The work is O(q num_rows). A row is an example, or a user where users
+    are the unit of privacy.
 
     Guarantees:
         Exact up to float64: a row's probability, given all the others, is within

@@ -4,6 +4,7 @@ import difflib
 from collections.abc import Callable
 from typing import Protocol
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -22,6 +23,7 @@ __all__ = [
     "check_model",
     "initialize",
     "per_example_loss",
+    "per_user_loss",
     "trainable_params",
 ]
 
@@ -96,5 +98,40 @@ def per_example_loss(model: nn.Module) -> Callable[[Params, Tensor, Tensor], Ten
     def loss(params: Params, views: Tensor, label: Tensor) -> Tensor:
         logits = functional_call(model, params, (views,))
         return F.cross_entropy(logits, label.expand(logits.shape[0]))
+
+    return loss
+
+
+def per_user_loss(
+    model: nn.Module,
+) -> Callable[[Params, Tensor, Tensor, Tensor], Tensor]:
+    r"""Returns the loss of one user as a function of the trainable parameters.
+
+    The loss is $\frac{1}{n} \sum_{i=1}^{n} \ell_i$ over the n examples with which the
+    user takes part, each the mean over its K views. Its gradient is clipped as one, so
+    that all of the user's examples together have norm at most C. Dividing by n costs no
+    privacy: it is a function of this user's data alone, like the gradients it divides,
+    and whatever it is, the clipping bound holds. The divisor of the noisy sum is
+    another one, and public.
+
+    Args:
+        model: Network that `check_model` accepts.
+
+    Returns:
+        `loss(params, views, labels, present)` of `views` (S, K, C, H, W), `labels` (S,)
+        and `present` (S,) bool, False for padding, which counts for nothing; a scalar,
+        0 if all is padding.
+
+    Source: the gradient of a user, averaged and then clipped: McMahan et al. 2018
+    (arXiv:1710.06963), with one step in place of local training.
+    """
+
+    def loss(params: Params, views: Tensor, labels: Tensor, present: Tensor) -> Tensor:
+        logits = functional_call(model, params, (views.flatten(0, 1),))  # (S * K, O)
+        repeated = labels[:, None].expand(views.shape[:2]).flatten()
+        losses = F.cross_entropy(logits, repeated, reduction="none")
+        of_examples = losses.view(views.shape[:2]).mean(dim=1)  # (S,)
+        kept = torch.where(present, of_examples, 0.0)
+        return kept.sum() / present.sum().clamp(min=1)
 
     return loss

@@ -26,6 +26,7 @@ __all__ = [
 ]
 
 ADJACENCY: Final = "add-or-remove-one"
+UNITS: Final = ("example", "user")
 
 _MAX_STEPS: Final = 10**12
 
@@ -161,10 +162,12 @@ class DPSGDMechanism:
         sample_rate: Poisson inclusion probability q, in (0, 1].
         num_steps: Planned steps T, >= 0; one step is one composition.
         noise_multiplier: noise_std / l2_sensitivity, >= 0; 0 has no guarantee.
-        clipping_norm: Bound C on the L2 norm of one example's gradient, > 0.
-        expected_batch_size: Public divisor B of the noisy sum, > 0, in examples.
+        clipping_norm: Bound C on the L2 norm of one unit's gradient, > 0.
+        expected_batch_size: Public divisor B of the noisy sum, > 0, in units.
         delta: Delta of the guarantee, in (0, 1).
         rescale_to_unit_norm: Whether clipped gradients are divided by C.
+        unit: Whose presence is hidden: `example`, or `user` with all its examples. It
+            is what is sampled, clipped and counted; the arithmetic is the same.
 
     Raises:
         ConfigError: A value is out of range or not a number.
@@ -179,6 +182,7 @@ class DPSGDMechanism:
     expected_batch_size: float
     delta: float
     rescale_to_unit_norm: bool = False
+    unit: str = "example"
 
     def __post_init__(self) -> None:
         check_sample_rate(self.sample_rate)
@@ -193,18 +197,21 @@ class DPSGDMechanism:
                     fault(name, value, "must be above 0 and finite", "raise it")
                 )
         check_delta(self.delta)
+        if self.unit not in UNITS:
+            rule = f"must be one of {', '.join(UNITS)}"
+            raise ConfigError(fault("unit", self.unit, rule, "take one of them"))
 
     @property
     def adjacency(self) -> str:
-        """Which data sets are neighbours: those that differ by one example's presence.
+        """Which data sets are neighbours: those that differ by one unit's presence.
 
-        The guarantee for replacing one example is weaker, up to twice the epsilon.
+        The guarantee for replacing one unit is weaker, up to twice the epsilon.
         """
         return ADJACENCY
 
     @property
     def l2_sensitivity(self) -> float:
-        """Most that one example moves the clipped sum: C, or 1 if it is rescaled."""
+        """Most that one unit moves the clipped sum: C, or 1 if it is rescaled."""
         return 1.0 if self.rescale_to_unit_norm else self.clipping_norm
 
     @property
@@ -228,12 +235,12 @@ class DPSGDMechanism:
         steps = self.num_steps if num_steps is None else num_steps
         return Phase(self.sample_rate, self.noise_multiplier, steps)
 
-    def to_dict(self) -> dict[str, float | int | bool]:
-        """Returns the fields as plain numbers, for a checkpoint or a report."""
+    def to_dict(self) -> dict[str, float | int | bool | str]:
+        """Returns the fields as plain values, for a checkpoint or a report."""
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, state: Mapping[str, float | int | bool]) -> Self:
+    def from_dict(cls, state: Mapping[str, float | int | bool | str]) -> Self:
         """Returns the mechanism that `to_dict` described.
 
         Args:

@@ -165,6 +165,8 @@ def test_a_value_is_read_as_its_declared_type(
             "report.unprotected_metrics=no: must be true or false",
         ),
         ("data", "name: ''", "must be text or null"),
+        ("privacy", "unit: person", "privacy.unit=person: must be `example` or `user`"),
+        ("privacy", "max_examples_per_user: 0", "must be above 0 and finite"),
         ("data", "mean: []", "must be a list of at least one value"),
         ("data", "std: [0.5, 0]", "must be above 0 and finite"),
         ("runtime", "microbatch_size: big", "a whole number or `auto`"),
@@ -284,6 +286,50 @@ def test_exactly_one_setting_decides_the_noise() -> None:
         sections(privacy__noise_multiplier=0, privacy__target_epsilon=...)
     )
     assert config.privacy.noise_multiplier == 0
+
+
+USERS: dict[str, Any] = {
+    "data__source": "parquet",
+    "data__user_column": "owner",
+    "data__num_users": 1000,
+    "privacy__unit": "user",
+    "privacy__max_examples_per_user": 4,
+}
+
+
+def test_a_unit_of_users_is_complete() -> None:
+    config = parse_config(sections(**USERS, data__augmentation_multiplicity=3))
+
+    assert config.privacy.unit == "user"
+    assert config.views_per_unit == 12
+    assert parse_config(sections(data__augmentation_multiplicity=3)).views_per_unit == 3
+
+
+@pytest.mark.parametrize(
+    "name", ["data__user_column", "data__num_users", "privacy__max_examples_per_user"]
+)
+def test_what_a_unit_of_users_lacks_is_named(name: str) -> None:
+    rule = f"{name.replace('__', '.')}=null: is required with privacy.unit=user; "
+    with pytest.raises(ConfigError, match=f"^{rule}.*$"):
+        parse_config(sections(**{**USERS, name: None}))
+
+
+def test_users_of_a_source_that_knows_none_are_refused() -> None:
+    rule = "privacy.unit=user: data.source=digits does not know users; take"
+    with pytest.raises(ConfigError, match=f"^{rule}.*$"):
+        parse_config(sections(**{**USERS, "data__source": "digits"}))
+
+
+def test_settings_of_users_are_refused_where_examples_are_the_unit() -> None:
+    with pytest.raises(ConfigError) as error:
+        parse_config(sections(**{**USERS, "privacy__unit": "example"}))
+
+    assert str(error.value).splitlines() == [
+        "data.user_column=owner: goes with privacy.unit=user only; set it, or remove "
+        "this",
+        "privacy.max_examples_per_user=4: goes with privacy.unit=user only; set it, or "
+        "remove this",
+    ]
 
 
 @pytest.mark.parametrize(

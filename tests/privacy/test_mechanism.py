@@ -13,6 +13,7 @@ FIELDS = {
     "expected_batch_size": 100.0,
     "delta": 1e-5,
     "rescale_to_unit_norm": False,
+    "unit": "example",
 }
 
 
@@ -41,6 +42,7 @@ def test_noise_scales_with_the_sensitivity_of_the_clipped_sum():
         ("expected_batch_size", float("inf")),
         ("delta", 0.0),
         ("delta", 1.0),
+        ("unit", "household"),
     ],
 )
 def test_impossible_mechanisms_are_refused_by_name(field, value):
