@@ -25,6 +25,9 @@ class Evaluation:
         loss: Mean cross-entropy in nats; inf or NaN if the network has diverged.
         per_class_accuracy: Accuracy by class name; NaN for a class without examples.
         num_examples: Size of the test set.
+        per_class_num_examples: Its examples by class name.
+        per_group_accuracy: Accuracy by group of the test set; empty without groups.
+        per_group_num_examples: Its examples by group.
     """
 
     accuracy: float
@@ -32,6 +35,9 @@ class Evaluation:
     loss: float
     per_class_accuracy: dict[str, float]
     num_examples: int
+    per_class_num_examples: dict[str, int]
+    per_group_accuracy: dict[str, float]
+    per_group_num_examples: dict[str, int]
 
     @property
     def measures(self) -> dict[str, float]:
@@ -60,6 +66,9 @@ def evaluate(
 ) -> Evaluation:
     """Measures a network on a test set, one view an image, without augmentation.
 
+    Accuracies are exact counts without noise, by class and by the test set's groups,
+    so that the test set must be public.
+
     Args:
         model: Network, whose parameters are replaced by `params`.
         params: Weights to measure, on the device to measure on.
@@ -70,8 +79,7 @@ def evaluate(
     """
     device = next(iter(params.values())).device
     num_classes = len(class_names)
-    right = torch.zeros(num_classes, dtype=torch.float64)
-    count = torch.zeros(num_classes, dtype=torch.float64)
+    hit: list[Tensor] = []
     top5, loss = 0, 0.0
     with torch.no_grad():
         for start in range(0, len(dataset), batch_size):
@@ -82,14 +90,32 @@ def evaluate(
             guesses = logits.topk(min(5, num_classes), dim=1).indices  # (M, 5)
             hits = guesses == labels[:, None]
             top5 += int(hits.any(dim=1).sum())
-            count += torch.bincount(labels.cpu(), minlength=num_classes)
-            right += torch.bincount(labels[hits[:, 0]].cpu(), minlength=num_classes)
-    per_class = (right / count).tolist()
-    total = len(dataset)
+            hit.append(hits[:, 0].cpu())
+    is_right, total = torch.cat(hit), len(dataset)
+    per_class = _shares(is_right, dataset.labels.cpu(), class_names)
+    per_group: tuple[dict[str, float], dict[str, int]] = ({}, {})
+    if dataset.groups is not None:
+        per_group = _shares(is_right, dataset.groups, dataset.group_names)
     return Evaluation(
-        accuracy=float(right.sum()) / total,
+        accuracy=float(is_right.sum()) / total,
         top5_accuracy=top5 / total,
         loss=loss / total,
-        per_class_accuracy=dict(zip(class_names, per_class, strict=True)),
+        per_class_accuracy=per_class[0],
         num_examples=total,
+        per_class_num_examples=per_class[1],
+        per_group_accuracy=per_group[0],
+        per_group_num_examples=per_group[1],
+    )
+
+
+def _shares(
+    is_right: Tensor, members: Tensor, names: tuple[str, ...]
+) -> tuple[dict[str, float], dict[str, int]]:
+    """Returns accuracy and number of examples of every class or group, by name."""
+    count = torch.bincount(members, minlength=len(names))
+    right = torch.bincount(members[is_right], minlength=len(names))
+    shares = (right.double() / count).tolist()
+    return (
+        dict(zip(names, shares, strict=True)),
+        dict(zip(names, count.tolist(), strict=True)),
     )

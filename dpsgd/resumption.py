@@ -27,10 +27,10 @@ __all__ = [
 ]
 
 _FORMAT = 3
-# Where the data lie, how fast and how often we look may change between the pieces of
-# a run; everything else decides what is learned or guaranteed.
+# Where the data lie, how fast, how often and how closely we look may change between
+# the pieces of a run; everything else decides what is learned or guaranteed.
 _MAY_CHANGE = ("runtime", "eval", "report")
-_DATA_MAY_MOVE = ("root", "train", "test")
+_DATA_MAY_CHANGE = ("root", "train", "test", "group_column")
 _REMEDY = "go on with what the run began with, or start a new one"
 
 
@@ -39,7 +39,7 @@ def identity_of(config: Config, splits: DataSplits) -> dict[str, Any]:
     settings = config_to_dict(config)
     for section in _MAY_CHANGE:
         del settings[section]
-    for key in _DATA_MAY_MOVE:
+    for key in _DATA_MAY_CHANGE:
         del settings["data"][key]
     fingerprints = {
         "train": splits.train.fingerprint(),

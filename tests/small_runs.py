@@ -1,15 +1,20 @@
 """Settings, starts and commands for runs of a few seconds on the embedded digits."""
 
 import functools
+import io
 import json
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
 import yaml
+from PIL import Image
 
 from dpsgd.assembly import assemble
 from dpsgd.checkpoint import CheckpointStore
@@ -99,6 +104,28 @@ def write_config(folder: Path, changes: Changes | None = None) -> str:
     """The same, as a file; returns its path."""
     path = folder / "small.yaml"
     path.write_text(yaml.safe_dump(small_settings(changes)))
+    return str(path)
+
+
+def write_parquet(path: Path, **columns: Sequence[Any]) -> str:
+    """Writes random grey images of three classes, with more columns; returns the path.
+
+    A file has as many rows as its columns.
+    """
+    (count,) = {len(column) for column in columns.values()}
+    rng = np.random.default_rng(count)
+    cells = []
+    for pixels in rng.integers(0, 256, (count, 8, 8), dtype=np.uint8):
+        stream = io.BytesIO()
+        Image.fromarray(pixels).save(stream, "PNG")
+        cells.append({"bytes": stream.getvalue(), "path": None})
+    feature = {"names": ["cat", "dog", "owl"], "_type": "ClassLabel"}
+    info = json.dumps({"info": {"features": {"label": feature}}})
+    labels = [row % 3 for row in range(count)]
+    table = pa.table({"img": cells, "label": labels, **columns})
+    pyarrow.parquet.write_table(
+        table.replace_schema_metadata({"huggingface": info}), path
+    )
     return str(path)
 
 

@@ -26,10 +26,20 @@ class Table(nn.Module):
         return self.logits[images.flatten()]
 
 
-def measured(logits: Tensor, labels: list[int], batch_size: int = 7) -> Evaluation:
+def measured(
+    logits: Tensor,
+    labels: list[int],
+    batch_size: int = 7,
+    groups: Tensor | None = None,
+) -> Evaluation:
     names = tuple(f"class {label}" for label in range(logits.shape[1]))
     images = torch.arange(len(labels), dtype=torch.uint8).view(-1, 1, 1, 1)
-    dataset = ImageDataset(images=images, labels=torch.tensor(labels))
+    dataset = ImageDataset(
+        images=images,
+        labels=torch.tensor(labels),
+        groups=groups,
+        group_names=() if groups is None else ("a", "b", "c"),
+    )
     return evaluate(
         Table(torch.zeros_like(logits)),  # its own weights must not be used
         {"logits": logits},
@@ -71,6 +81,23 @@ def test_measures_are_those_of_sklearn(num_classes: int) -> None:
     assert list(result.per_class_accuracy) == [f"class {one}" for one in classes]
     assert list(result.per_class_accuracy.values()) == pytest.approx(recalls.tolist())
     assert result.largest_gap == pytest.approx(recalls.max() - recalls.min())
+    assert list(result.per_class_num_examples.values()) == table.sum(axis=1).tolist()
+
+
+def test_groups_are_measured_by_themselves() -> None:
+    logits, labels = made_up(4)
+    groups = torch.arange(100) % 3
+    result = measured(logits, labels, groups=groups)
+
+    is_right = logits.argmax(dim=1) == torch.tensor(labels)
+    expected = [is_right[groups == one].double().mean().item() for one in range(3)]
+    assert list(result.per_group_accuracy) == ["a", "b", "c"]
+    assert list(result.per_group_accuracy.values()) == pytest.approx(expected)
+    assert result.per_group_num_examples == {"a": 34, "b": 33, "c": 33}
+    assert len(set(expected)) == 3
+    without = measured(logits, labels)
+    assert without.per_group_accuracy == without.per_group_num_examples == {}
+    assert without.per_class_accuracy == result.per_class_accuracy
 
 
 def test_batch_size_changes_nothing_but_rounding() -> None:
@@ -90,6 +117,7 @@ def test_a_class_without_examples_has_no_accuracy_and_no_part_in_the_gap() -> No
     assert result.per_class_accuracy["class 0"] == 1
     assert result.per_class_accuracy["class 1"] == 0.5
     assert math.isnan(result.per_class_accuracy["class 2"])
+    assert result.per_class_num_examples == {"class 0": 2, "class 1": 2, "class 2": 0}
     assert result.largest_gap == 0.5
     assert result.accuracy == 0.75
 

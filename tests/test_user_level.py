@@ -1,21 +1,23 @@
 """Where users are the unit of privacy: what one user can move, and what is said."""
 
 import dataclasses
-import io
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from safetensors import safe_open
-from small_runs import dpsgd_eval, dpsgd_train, remembering, small_config, write_config
+from small_runs import (
+    dpsgd_eval,
+    dpsgd_train,
+    remembering,
+    small_config,
+    write_config,
+    write_parquet,
+)
 from small_runs import start as start_run
 from torch.func import functional_call
 
@@ -205,32 +207,14 @@ def test_the_microbatch_size_changes_nothing(
     assert distance(state.params, reference.params) < 10 * ROUNDING
 
 
-def write_parquet(path: Path, owners: Sequence[Any]) -> str:
-    """Writes random images of three classes, each with its owner."""
-    rng = np.random.default_rng(len(owners))
-    cells = []
-    for _ in owners:
-        stream = io.BytesIO()
-        pixels = rng.integers(0, 256, (8, 8), dtype=np.uint8)
-        Image.fromarray(pixels).save(stream, "PNG")
-        cells.append({"bytes": stream.getvalue(), "path": None})
-    labels = [row % 3 for row in range(len(owners))]
-    feature = {"names": ["cat", "dog", "owl"], "_type": "ClassLabel"}
-    info = {"info": {"features": {"label": feature}}}
-    table = pa.table({"img": cells, "label": labels, "owner": pa.array(owners)})
-    table = table.replace_schema_metadata({"huggingface": json.dumps(info)})
-    pyarrow.parquet.write_table(table, path)
-    return str(path)
-
-
 @pytest.fixture
 def config(tmp_path: Path) -> str:
     """A config of a run on files of 30 examples of 12 users."""
     owners = [f"person {row % 12 if row < 24 else 0}" for row in range(30)]
     changes = {
         **SETTINGS,
-        "data.train": write_parquet(tmp_path / "train.parquet", owners),
-        "data.test": write_parquet(tmp_path / "test.parquet", ["nobody"] * 6),
+        "data.train": write_parquet(tmp_path / "train.parquet", owner=owners),
+        "data.test": write_parquet(tmp_path / "test.parquet", owner=["nobody"] * 6),
         "data.num_users": 14,
         "privacy.expected_batch_size": 6,
         "privacy.delta": 0.01,
@@ -282,7 +266,7 @@ def test_faults_are_told_in_terms_of_users(
     line = told(capsys, config, "privacy.expected_batch_size=15")
     assert "must be at most 14 users; lower it" in line
     assert "candidates: label, owner" in told(capsys, config, "data.user_column=who")
-    write_parquet(tmp_path / "train.parquet", ["a", None, "b"])
+    write_parquet(tmp_path / "train.parquet", owner=["a", None, "b"])
     assert "row 1: has no user" in told(capsys, config)
 
 

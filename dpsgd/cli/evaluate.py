@@ -1,25 +1,62 @@
 """`bin/dpsgd-eval`: measures the weights of a run on its test set."""
 
 import argparse
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from dpsgd.assembly import evaluator, load_network
 from dpsgd.checkpoint import CheckpointStore, read_tensors
 from dpsgd.cli.errors import UsageParser, exit_code
-from dpsgd.config import load_config
-from dpsgd.data import load_datasets
+from dpsgd.cli.groups import comparisons
+from dpsgd.config import Config, load_config
+from dpsgd.data import DataSplits, load_datasets
 from dpsgd.errors import ConfigError, fault
+from dpsgd.evaluate import Evaluation
 from dpsgd.planning import choose_device
-from dpsgd.report import RunDirectory, per_class_table, result_table, to_json
+from dpsgd.report import (
+    RunDirectory,
+    comparison_table,
+    guarantee_in_words,
+    result_table,
+    to_json,
+)
 from dpsgd.trees import Params
 
 __all__ = ["main"]
 
 _PREFIXES = {"last": ("last/", "params/"), "ema": ("ema/", "ema/")}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Measured:
+    """One run, measured; `facts` are those that its weights came with."""
+
+    path: Path
+    weights: str
+    facts: Mapping[str, Any]
+    result: Evaluation
+
+    @property
+    def guarantee(self) -> str:
+        """What is guaranteed of the weights."""
+        if "epsilon" in self.facts:
+            return guarantee_in_words(self.facts)
+        return "not finished, guarantee not stated yet"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns what JSON says of the run."""
+        return {
+            "run": str(self.path),
+            "weights": self.weights,
+            "step": self.facts["step"],
+            "guarantee": self.guarantee,
+            "largest_gap": self.result.largest_gap,
+            **asdict(self.result),
+        }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,6 +83,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         choices=list(_PREFIXES),
         help="default: the average if the run keeps one, else the last",
     )
+    parser.add_argument(
+        "--twin",
+        type=Path,
+        metavar="DIR",
+        help="a run without privacy, measured on the same examples, to compare with",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_overrides()
     return parser.parse_args(argv)
@@ -53,28 +96,69 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _run(arguments: argparse.Namespace) -> int:
     """Measures and prints."""
-    directory = RunDirectory(arguments.run_dir)
-    directory.require()
-    config = load_config(directory.config, arguments.overrides)
-    weights = arguments.weights or ("last" if config.ema.decay is None else "ema")
-    params, step = _read_weights(directory, weights)
+    config = _config(arguments.run_dir, arguments.overrides)
     splits = load_datasets(config.data)
+    mine = _measure(arguments.run_dir, config, splits, arguments.weights)
+    twin = None
+    if arguments.twin is not None:
+        settings = _config(arguments.twin, arguments.overrides)
+        twin = _measure(arguments.twin, settings, splits, arguments.weights)
+    if arguments.json:
+        print(to_json(_facts(config, mine, twin), indent=2))
+    else:
+        _show(config, mine, twin)
+    return 0
+
+
+def _config(run_dir: Path, overrides: Sequence[str]) -> Config:
+    """Returns the settings of a run."""
+    directory = RunDirectory(run_dir)
+    directory.require()
+    return load_config(directory.config, overrides)
+
+
+def _measure(
+    run_dir: Path, config: Config, splits: DataSplits, weights: str | None
+) -> _Measured:
+    """Measures one run on a test set."""
+    weights = weights or ("last" if config.ema.decay is None else "ema")
+    params, facts = _read_weights(RunDirectory(run_dir), weights)
     device = choose_device(config.runtime.device)
     model, names = load_network(config, splits, params, device)
     measure = evaluator(config, splits, model, names, device)
     result = measure({name: leaf.to(device) for name, leaf in params.items()})
-    if arguments.json:
-        facts = {"weights": weights, "step": step, "largest_gap": result.largest_gap}
-        print(to_json({**facts, **asdict(result)}, indent=2))
-        return 0
+    return _Measured(path=run_dir, weights=weights, facts=facts, result=result)
+
+
+def _facts(config: Config, mine: _Measured, twin: _Measured | None) -> dict[str, Any]:
+    """Returns what JSON says."""
+    other = twin.result if twin is not None else None
+    compared = comparisons(mine.result, config, twin=other)
+    facts = {**mine.to_dict(), "outcomes": [one.to_dict() for one in compared]}
+    return facts if twin is None else {**facts, "twin": twin.to_dict()}
+
+
+def _show(config: Config, mine: _Measured, twin: _Measured | None) -> None:
+    """Prints tables."""
     console = Console(markup=False, emoji=False)  # classes may be [named so]
-    console.print(per_class_table(result.per_class_accuracy))
-    console.print(result_table({weights: result.measures}, title=f"After {step} steps"))
-    return 0
+    other = twin.result if twin is not None else None
+    for one in comparisons(mine.result, config, twin=other):
+        console.print(comparison_table(one))
+    results = {mine.weights: mine.result.measures}
+    told = [f"{mine.path}: {mine.guarantee}"]
+    if twin is not None:
+        results[f"twin ({twin.weights})"] = twin.result.measures
+        told.append(f"twin {twin.path}: {twin.guarantee}")
+    title = f"After {mine.facts['step']} steps"
+    console.print(result_table(results, title=title))
+    for line in told:
+        console.print(line, highlight=False, soft_wrap=True)
 
 
-def _read_weights(directory: RunDirectory, weights: str) -> tuple[Params, int]:
-    """Returns the weights of a finished run, or of the newest checkpoint."""
+def _read_weights(
+    directory: RunDirectory, weights: str
+) -> tuple[Params, dict[str, Any]]:
+    """Returns the weights of a finished run, or of the newest checkpoint, and facts."""
     finished, running = _PREFIXES[weights]
     if directory.weights.exists():
         tensors, facts = read_tensors(directory.weights)
@@ -91,4 +175,4 @@ def _read_weights(directory: RunDirectory, weights: str) -> tuple[Params, int]:
     if not params:
         rule = "the run kept no such weights"
         raise ConfigError(fault("--weights", weights, rule, "take the other kind"))
-    return params, facts["step"]
+    return params, facts

@@ -17,6 +17,7 @@ from rich.console import Console
 from dpsgd.assembly import assemble, plan_of
 from dpsgd.checkpoint import CheckpointStore, write_atomically, write_tensors
 from dpsgd.cli.errors import UsageParser, exit_code
+from dpsgd.cli.groups import comparisons
 from dpsgd.config import (
     Config,
     config_to_dict,
@@ -25,15 +26,15 @@ from dpsgd.config import (
 )
 from dpsgd.errors import ConfigError, fault
 from dpsgd.planning import Plan
-from dpsgd.privacy import rounded_up
 from dpsgd.report import (
     MetricsWriter,
     ProgressView,
     RunDirectory,
+    comparison_table,
     default_run_directory,
     environment,
+    guarantee_in_words,
     last_evaluated_step,
-    per_class_table,
     plan_table,
     result_table,
     to_json,
@@ -283,11 +284,9 @@ def _leave(
         for name, one in (("last", record.last), ("ema", record.ema))
         if one is not None
     }
-    epsilon, delta = report["epsilon"], report["delta"]
-    guarantee = "NO privacy guarantee"
-    if epsilon is not None:
-        guarantee = f"({rounded_up(epsilon)}, {delta:g})-DP per {report['unit']}"
-    console.print(per_class_table(report["per_class_accuracy"]))
+    for comparison in comparisons(record.ema or record.last, run.config):
+        console.print(comparison_table(comparison))
+    guarantee = guarantee_in_words(report)
     console.print(result_table(results, title=f"Result, {guarantee}"))
     if outcome == "budget_spent":
         text = f"the budget was spent after {state.step} of {run.mechanism.num_steps}"
@@ -309,6 +308,9 @@ def _report(
         "test_loss": record.last.loss,
         "test_loss_ema": record.ema.loss if record.ema else None,
         "per_class_accuracy": best_known.per_class_accuracy,
+        "per_class_num_examples": best_known.per_class_num_examples,
+        "per_group_accuracy": best_known.per_group_accuracy,
+        "per_group_num_examples": best_known.per_group_num_examples,
         "largest_gap": best_known.largest_gap,
         "epsilon": epsilon if epsilon < float("inf") else None,
         "delta": mechanism.delta,

@@ -252,6 +252,10 @@ def _cross_checks(config: Config) -> list[str]:
         rule = "must be in (0, 1), and below 1/num_examples"
         faults.append(fault("privacy.delta", privacy.delta, rule, "lower delta"))
     faults += _unit_faults(config)
+    if config.data.group_column is not None and config.data.source != "parquet":
+        rule, remedy = "only parquet files have columns", "remove it, or take parquet"
+        column = config.data.group_column
+        faults.append(fault("data.group_column", column, rule, remedy))
     if config.optimizer.warmup_steps >= config.train.num_steps > 0:
         rule = f"must be below train.num_steps ({config.train.num_steps})"
         value = config.optimizer.warmup_steps

@@ -66,6 +66,10 @@ class DataConfig:
     """Parquet column of integers or text that says whose each training example is;
     goes with `privacy.unit: user`. Two names of one person are two users."""
 
+    group_column: str | None = None
+    """Parquet column of the test files, integers, text or booleans, by which test
+    accuracy is also told; training never reads it."""
+
     num_examples: PositiveInt | None = None
     """Size N of the training set, a public constant that you declare. Null takes the
     published size of a named public data set; it is never counted from the files."""

@@ -29,6 +29,9 @@ class ImageDataset:
             labels. `dataclasses.replace` declares them later and checks again.
         users: (N,) int64, on the CPU, the user whom each example belongs to; users are
             numbered from 0 without gaps. None if the source knows no users.
+        groups: (N,) int64, on the CPU, the group that each example is counted with
+            when accuracy is told by group; None if there are no groups.
+        group_names: Name of each group in the order of their numbers.
 
     Raises:
         DataError: A shape, type or label is not as above; a bad label is named by
@@ -39,6 +42,8 @@ class ImageDataset:
     labels: Tensor
     class_names: tuple[str, ...] = ()
     users: Tensor | None = None
+    groups: Tensor | None = None
+    group_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _check_tensor("images", self.images, torch.uint8, "(N, C, H, W)")
@@ -53,7 +58,9 @@ class ImageDataset:
             raise DataError(message)
         self._check_labels()
         if self.users is not None:
-            self._check_users(self.users)
+            self._check_numbers("users", self.users)
+        if self.groups is not None:
+            self._check_numbers("groups", self.groups, count=len(self.group_names))
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -109,14 +116,17 @@ class ImageDataset:
             )
             raise DataError(message)
 
-    def _check_users(self, users: Tensor) -> None:
-        """Refuses users that do not fit the examples, or are not numbered from 0."""
-        _check_tensor("users", users, torch.int64, "(N,)")
-        numbers = np.unique(users.numpy())
-        if len(users) != len(self) or (numbers != np.arange(len(numbers))).any():
+    def _check_numbers(
+        self, name: str, owners: Tensor, *, count: int | None = None
+    ) -> None:
+        """Refuses owners of examples that are not one each, numbered from 0."""
+        _check_tensor(name, owners, torch.int64, "(N,)")
+        numbers = np.unique(owners.numpy())
+        expected = np.arange(len(numbers) if count is None else count)
+        if len(owners) != len(self) or not np.array_equal(numbers, expected):
             message = fault(
-                "users",
-                f"<{len(users)} entries, {len(numbers)} different>",
+                name,
+                f"<{len(owners)} entries, {len(numbers)} different>",
                 "must be one an example, numbered from 0 without gaps",
                 "number them in the order in which they first occur",
             )

@@ -2,10 +2,10 @@
 
 The image column is a struct of `bytes` and `path`, or plain binary; the label column
 holds integers. Class names come from the ClassLabel feature in the file's metadata.
-A training file may also say in a column to which user each example belongs.
+A training file may also say in a column to which user each example belongs, a test
+file to which group, by which accuracy is told.
 """
 
-import dataclasses
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,7 +30,9 @@ _KINDS = {
     "image_column": "image bytes",
     "label_column": "integers",
     "user_column": "integers or text",
+    "group_column": "integers, text or booleans",
 }
+_NO_GROUP = "(missing)"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,6 +42,7 @@ class _Columns:
     image: str
     label: str
     user: str | None
+    group: str | None
     class_names: tuple[str, ...]
 
 
@@ -63,7 +66,8 @@ def load_parquet(config: DataConfig) -> DataSplits:
     Each is a file, a list of files, a glob, or a folder of shards (sorted by name).
     Columns are found by type unless `data.image_column` or `data.label_column` names
     them. Without declared classes, `class_names` is () and the model's configuration
-    must state their number. `data.user_column` is read from the training files alone.
+    must state their number. `data.user_column` is read from the training files alone,
+    `data.group_column` from the test files alone.
 
     Args:
         config: The section `data`.
@@ -75,9 +79,7 @@ def load_parquet(config: DataConfig) -> DataSplits:
     """
     train_paths, test_paths = resolve_splits(config, shard_suffix=".parquet")
     train = _open_shards("data.train", train_paths, config)
-    test = _open_shards(
-        "data.test", test_paths, dataclasses.replace(config, user_column=None)
-    )
+    test = _open_shards("data.test", test_paths, config)
     return DataSplits(train=_load_split(train), test=_load_split(test))
 
 
@@ -103,7 +105,7 @@ def _open_shard(field: str, path: Path, config: DataConfig) -> _Shard:
     with _reading(field, path):
         file = pyarrow.parquet.ParquetFile(path)
         schema = file.schema_arrow
-    columns = _find_columns(schema, path, config)
+    columns = _find_columns(schema, path, config, is_train=field == "data.train")
     return _Shard(field=field, path=path, file=file, columns=columns)
 
 
@@ -115,15 +117,20 @@ def _load_split(shards: list[_Shard]) -> ImageDataset:
             shards[0].field, shards[0].path, "holds no rows", "name files with images"
         )
         raise DataError(message)
-    users = None
+    users, groups = None, None
+    group_names: tuple[str, ...] = ()
     if shards[0].columns.user is not None:
         users = _number_users([user for one in shards for user in _read_users(one)])
+    if shards[0].columns.group is not None:
+        groups, group_names = _read_groups(shards)
     encoded = (image for shard in shards for image in _encoded_images(shard))
     return ImageDataset(
         images=decode_images(encoded, len(labels)),
         labels=torch.from_numpy(labels),
         class_names=shards[0].columns.class_names,
         users=users,
+        groups=groups,
+        group_names=group_names,
     )
 
 
@@ -173,6 +180,30 @@ def _number_users(users: list[str]) -> Tensor:
     return torch.tensor([numbers[user] for user in users])
 
 
+def _read_groups(shards: list[_Shard]) -> tuple[Tensor, tuple[str, ...]]:
+    """Returns the group of every row of a split, and the groups' sorted names."""
+    values: list[Any] = []
+    for shard in shards:
+        with _reading(shard.field, shard.path):
+            values += (
+                shard.file.read(columns=[shard.columns.group]).column(0).to_pylist()
+            )
+    known = sorted({one for one in values if one is not None}, key=_number_or_text)
+    names = {value: str(value) for value in known}
+    if None in values:
+        names[None] = _NO_GROUP
+    numbers = {
+        name: number for number, name in enumerate(dict.fromkeys(names.values()))
+    }
+    groups = torch.tensor([numbers[names[value]] for value in values])
+    return groups, tuple(numbers)
+
+
+def _number_or_text(value: Any) -> tuple[bool, Any]:
+    """Returns what sorts numbers as numbers, before text."""
+    return isinstance(value, str), value
+
+
 def _encoded_images(shard: _Shard) -> Iterator[EncodedImage]:
     """Yields the encoded images of one file, in order."""
     batches = shard.file.iter_batches(_ROWS_PER_READ, columns=[shard.columns.image])
@@ -201,25 +232,29 @@ def _image_bytes(column: Any) -> list[bytes | None]:
     return list(column.to_pylist())
 
 
-def _find_columns(schema: Any, path: Path, config: DataConfig) -> _Columns:
+def _find_columns(
+    schema: Any, path: Path, config: DataConfig, *, is_train: bool
+) -> _Columns:
     """Finds the columns of one file, by name, or images and labels by type."""
     import pyarrow as pa
 
+    user = config.user_column if is_train else None
+    group = None if is_train else config.group_column
     images = [field.name for field in schema if _holds_images(field.type)]
+    named = (config.user_column, config.group_column)
     labels = [
         field.name
         for field in schema
-        if pa.types.is_integer(field.type) and field.name != config.user_column
+        if pa.types.is_integer(field.type) and field.name not in named
     ]
     label = _pick("label_column", config.label_column, labels, path)
-    user = config.user_column
-    if user is not None:
-        names = [field.name for field in schema if _holds_names(field.type)]
-        user = _pick("user_column", user, names, path)
+    names = [field.name for field in schema if _holds_names(field.type)]
+    flags = [field.name for field in schema if pa.types.is_boolean(field.type)]
     return _Columns(
         image=_pick("image_column", config.image_column, images, path),
         label=label,
-        user=user,
+        user=user and _pick("user_column", user, names, path),
+        group=group and _pick("group_column", group, names + flags, path),
         class_names=_class_names(schema.metadata or {}, label, path),
     )
 
@@ -237,7 +272,7 @@ def _holds_images(column_type: Any) -> bool:
 
 
 def _holds_names(column_type: Any) -> bool:
-    """Tells whether a column may hold what tells users apart: integers or text."""
+    """Tells whether a column may hold names, of users or groups: integers or text."""
     import pyarrow as pa
 
     if pa.types.is_dictionary(column_type):

@@ -6,26 +6,26 @@ from dpsgd.report.metrics import (
     read_metrics,
     to_json,
 )
+from dpsgd.report.outcomes import Comparison, compare, comparison_table
 from dpsgd.report.progress import ProgressView
 from dpsgd.report.run_directory import (
     RunDirectory,
     default_run_directory,
     environment,
 )
-from dpsgd.report.tables import (
-    per_class_table,
-    plan_table,
-    result_table,
-)
+from dpsgd.report.tables import guarantee_in_words, plan_table, result_table
 
 __all__ = [
+    "Comparison",
     "MetricsWriter",
     "ProgressView",
     "RunDirectory",
+    "compare",
+    "comparison_table",
     "default_run_directory",
     "environment",
+    "guarantee_in_words",
     "last_evaluated_step",
-    "per_class_table",
     "plan_table",
     "read_metrics",
     "result_table",

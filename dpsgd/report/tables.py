@@ -1,11 +1,14 @@
 """What a run says in the terminal, as rich tables."""
 
-import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
-__all__ = ["per_class_table", "plan_table", "result_table"]
+from dpsgd.privacy import rounded_up
+
+__all__ = ["guarantee_in_words", "plan_table", "result_table"]
 
 
 def plan_table(rows: Sequence[tuple[str, str]], *, title: str) -> Table:
@@ -30,7 +33,9 @@ def result_table(results: Mapping[str, Mapping[str, float]], *, title: str) -> T
         results: Measures by kind of weights: accuracies in [0, 1], loss in nats.
         title: Heading.
     """
-    table = Table(title=title, title_justify="left")
+    # A title is otherwise folded to the width of the columns below it.
+    whole = Text(title, no_wrap=True, overflow="ignore")
+    table = Table(title=whole, title_justify="left")
     table.add_column("test set", style="bold")
     for weights in results:
         table.add_column(weights, justify="right")
@@ -41,33 +46,19 @@ def result_table(results: Mapping[str, Mapping[str, float]], *, title: str) -> T
     return table
 
 
-def per_class_table(per_class_accuracy: Mapping[str, float | None]) -> Table:
-    """Returns a table of class accuracies, with their largest gap.
+def guarantee_in_words(facts: Mapping[str, Any]) -> str:
+    """Returns the guarantee that a report or released weights state.
 
     Args:
-        per_class_accuracy: Accuracy in [0, 1] by class; None or NaN where there was
-            no example.
+        facts: `epsilon`, an upper bound or None for no guarantee; `delta`; `unit`.
+
+    >>> guarantee_in_words({"epsilon": 7.99991, "delta": 1e-5, "unit": "user"})
+    '(8.0000, 1e-05)-DP per user'
     """
-    table = Table(title="Accuracy by class", title_justify="left")
-    table.add_column("class", style="bold")
-    table.add_column("top-1", justify="right")
-    known = {
-        name: accuracy
-        for name, accuracy in per_class_accuracy.items()
-        if accuracy is not None and not math.isnan(accuracy)
-    }
-    for name in per_class_accuracy:
-        table.add_row(name, f"{known[name]:.2%}" if name in known else "no examples")
-    if known:
-        best, worst = (
-            max(known, key=known.__getitem__),
-            min(known, key=known.__getitem__),
-        )
-        table.add_section()
-        gap = known[best] - known[worst]
-        between = f" ({best} - {worst})" if gap else ""
-        table.add_row(f"largest gap{between}", f"{gap:.2%}")
-    return table
+    if facts["epsilon"] is None:
+        return "NO privacy guarantee"
+    epsilon = rounded_up(facts["epsilon"])
+    return f"({epsilon}, {facts['delta']:g})-DP per {facts['unit']}"
 
 
 def _shown(measure: str, value: float) -> str:

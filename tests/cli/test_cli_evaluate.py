@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_runs import command, dpsgd_eval, dpsgd_train, write_config
+from small_runs import command, dpsgd_eval, dpsgd_train, write_config, write_parquet
 
 import dpsgd.train
+from dpsgd.privacy import rounded_up
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +55,11 @@ def test_tables_for_people(run: Path) -> None:
     done = command("dpsgd-eval", run)
 
     assert (done.returncode, done.stderr) == (0, "")
-    for text in ("top-1", "top-5", "loss", "largest gap (", "After 4 steps", "ema"):
+    for text in ("top-1", "top-5", "loss", "largest gap", "After 4 steps", "ema"):
         assert text in done.stdout
+    report = json.loads((run / "report.json").read_text())
+    guarantee = f"{run}: ({rounded_up(report['epsilon'])}, 0.0001)-DP per example\n"
+    assert guarantee in done.stdout
     assert "\x1b" not in done.stdout
 
 
@@ -107,6 +111,96 @@ def test_faults_are_told_in_one_line(
     weights.unlink()
     shutil.rmtree(copy / "checkpoints")
     assert "holds no checkpoint" in told(capsys, copy)
+
+
+@pytest.fixture(scope="module")
+def twins(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A run on parquet files, and one without noise; the test files tell ages."""
+    folder = tmp_path_factory.mktemp("twins")
+    changes = {
+        "data.source": "parquet",
+        "data.train": write_parquet(folder / "train.parquet", owner=["me"] * 30),
+        "data.test": write_parquet(
+            folder / "test.parquet", age=["old", "new", "new"] * 4
+        ),
+        "data.num_examples": 30,
+        "privacy.delta": 0.01,
+        "train.num_steps": 1,
+    }
+    for name, noise in (("private", 1.0), ("plain", 0.0)):
+        config = write_config(folder, {**changes, "privacy.noise_multiplier": noise})
+        assert dpsgd_train(config, "--run-dir", folder / name) == 0
+    return folder / "private", folder / "plain"
+
+
+GROUPED = ("--set", "data.group_column=age")
+
+
+def test_a_run_is_compared_with_its_twin_by_class_and_group(
+    twins: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, twin = twins
+    alone = [measured(capsys, one, *GROUPED) for one in twins]
+    facts = measured(capsys, run, "--twin", twin, *GROUPED)
+
+    assert facts["twin"] == {
+        name: value for name, value in alone[1].items() if name != "outcomes"
+    }
+    by_class, by_age = facts["outcomes"]
+    assert (by_class["kind"], by_age["kind"]) == ("class", "age")
+    assert [one["num_examples"] for one in by_age["groups"]] == [8, 4]
+    for kind, outcomes in (("per_class", by_class), ("per_group", by_age)):
+        for one in outcomes["groups"]:
+            mine, theirs = (each[f"{kind}_accuracy"][one["name"]] for each in alone)
+            assert (one["accuracy"], one["twin_accuracy"]) == (mine, theirs)
+            assert one["change"] == pytest.approx(mine - theirs)
+            assert one["interval"][0] <= mine <= one["interval"][1]
+    assert facts["guarantee"].endswith(", 0.01)-DP per example")
+    assert facts["twin"]["guarantee"] == "NO privacy guarantee"
+
+
+def test_the_comparison_is_shown_with_both_guarantees(
+    twins: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, twin = twins
+    capsys.readouterr()
+    assert dpsgd_eval(run, "--twin", twin, *GROUPED) == 0
+    shown = capsys.readouterr().out
+
+    titles = ["Accuracy by class, %", "Accuracy by age, %", "twin (ema)", f"{run}: ("]
+    positions = [shown.index(text) for text in titles]
+    assert positions == sorted(positions)
+    assert f"twin {twin}: NO privacy guarantee\n" in shown
+    assert "one in twenty misses by chance" in shown
+
+
+def test_groups_are_part_of_the_report_of_training(
+    twins: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = ("--set", "data.group_column=age", "--run-dir", tmp_path / "run")
+    assert dpsgd_train(twins[0] / "config.yaml", *config) == 0
+
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["per_group_num_examples"] == {"new": 8, "old": 4}
+    assert report["per_group_accuracy"].keys() == {"new", "old"}
+    assert "Accuracy by age, %" in capsys.readouterr().out
+    assert (
+        dpsgd_train("--resume", tmp_path / "run", "--set", "data.group_column=null")
+        == 0
+    )
+
+
+def test_an_unfit_twin_is_told(
+    run: Path,
+    twins: tuple[Path, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    line = told(capsys, run, "--twin", tmp_path)
+    assert line.startswith(f"run_dir={tmp_path}: holds no run")
+    capsys.readouterr()
+    assert dpsgd_eval(run, "--twin", twins[1]) == 2  # three classes, and digits are ten
+    assert "weights.classifier" in capsys.readouterr().err
 
 
 def test_weights_of_another_network_are_refused(

@@ -332,6 +332,11 @@ def test_settings_of_users_are_refused_where_examples_are_the_unit() -> None:
     ]
 
 
+def test_groups_of_a_source_without_columns_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"data\.group_column=age: only parquet"):
+        parse_config(sections(data__group_column="age"))
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

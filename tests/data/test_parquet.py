@@ -438,3 +438,66 @@ def test_integer_users_are_not_taken_for_labels(tmp_path: Path) -> None:
     assert splits.train.labels.tolist() == [0, 0, 0]
     with pytest.raises(ConfigError, match=r"label_column=null.*tes: label, owner"):
         load(train, write_test(tmp_path))
+
+
+def grouped_test(folder: Path, column: Any, *, name: str = "grouped") -> str:
+    """A test file whose column `age` says to which group each row belongs."""
+    images = [encode(one) for one in random_pixels(len(column))]
+    path = folder / f"{name}.parquet"
+    return write(path, images, [0] * len(column), more={"age": column})
+
+
+@pytest.mark.parametrize(
+    ("column", "groups", "names"),
+    [
+        (pa.array([10, 9, 10, None]), [1, 0, 1, 2], ("9", "10", "(missing)")),
+        (pa.array(["old", "a", "old"]), [1, 0, 1], ("a", "old")),
+        (pa.array([True, False, True]), [1, 0, 1], ("False", "True")),
+        (pa.array(["b", "a", "b"]).dictionary_encode(), [1, 0, 1], ("a", "b")),
+    ],
+    ids=["integers", "text", "booleans", "dictionary"],
+)
+def test_groups_of_the_test_set_are_sorted_by_name(
+    tmp_path: Path, column: Any, groups: list[int], names: tuple[str, ...]
+) -> None:
+    train = write(tmp_path / "a.parquet", [encode(random_pixels(1)[0])], [0])
+    splits = load(train, grouped_test(tmp_path, column), group_column="age")
+
+    assert splits.test.groups is not None
+    assert splits.test.groups.tolist() == groups
+    assert splits.test.group_names == names
+    assert splits.train.groups is None  # a training file needs no such column
+
+
+def test_groups_are_joined_over_shards_whatever_their_type(tmp_path: Path) -> None:
+    train = write(tmp_path / "a.parquet", [encode(random_pixels(1)[0])], [0])
+    shards = (
+        grouped_test(tmp_path, pa.array([2, 1])),
+        grouped_test(tmp_path, pa.array(["x", "2"]), name="more"),
+    )
+    test = load(train, shards, group_column="age").test
+
+    assert test.group_names == ("1", "2", "x")
+    assert test.groups is not None
+    assert test.groups.tolist() == [1, 0, 2, 1]
+
+
+def test_a_column_of_groups_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    train = write(tmp_path / "a.parquet", [encode(random_pixels(1)[0])], [0])
+    rule = r"integers, text or booleans in .*; candidates: label"
+    with pytest.raises(ConfigError, match=rf"data\.group_column=age: .*{rule}"):
+        load(train, write_test(tmp_path), group_column="age")
+
+
+def test_columns_of_users_and_groups_are_no_labels_in_either_split(
+    tmp_path: Path,
+) -> None:
+    images = [encode(one) for one in random_pixels(2)]
+    more = {"age": pa.array([30, 40]), "owner": pa.array([7, 8])}
+    train = write(tmp_path / "a.parquet", images, [0, 1], more=more)
+    test = write(tmp_path / "b.parquet", images, [1, 0], more=more)
+    splits = load(train, test, user_column="owner", group_column="age")
+
+    assert splits.train.labels.tolist() == [0, 1]
+    assert splits.test.labels.tolist() == [1, 0]
+    assert (splits.train.groups, splits.test.users) == (None, None)

@@ -4,7 +4,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dpsgd.privacy import rounded_up
-from dpsgd.report import per_class_table, plan_table, result_table
+from dpsgd.report import guarantee_in_words, plan_table, result_table
 
 
 def shown(table: Table) -> list[list[str]]:
@@ -32,20 +32,17 @@ def test_results_are_accuracies_in_per_cent_and_a_loss() -> None:
     assert ["loss", "0.9877", "0.0000"] in rows
 
 
-def test_classes_and_their_largest_gap() -> None:
-    rows = shown(per_class_table({"cat": 0.9, "[dog]": 0.25, "owl": float("nan")}))
+def test_a_title_longer_than_the_table_stays_in_one_line() -> None:
+    title = "Result, (8.0000, 1e-05)-DP per example"
 
-    assert ["cat", "90.00%"] in rows
-    assert ["[dog]", "25.00%"] in rows
-    assert ["owl", "no examples"] in rows
-    assert ["largest gap (cat - [dog])", "65.00%"] in rows
+    assert [title] in shown(result_table({"last": {"top-1": 1}}, title=title))
 
 
-def test_classes_without_any_example_have_no_gap() -> None:
-    rows = shown(per_class_table({"cat": None}))
+def test_a_guarantee_names_its_unit_and_its_absence() -> None:
+    facts = {"epsilon": 2.00001, "delta": 1e-5, "unit": "example"}
 
-    assert ["cat", "no examples"] in rows
-    assert not [row for row in rows if "gap" in row[0]]
+    assert guarantee_in_words(facts) == "(2.0001, 1e-05)-DP per example"
+    assert guarantee_in_words({**facts, "epsilon": None}) == "NO privacy guarantee"
 
 
 def test_bounds_are_rounded_up_and_never_down() -> None:
