@@ -20,10 +20,12 @@ def num_elements(params: Mapping[str, Tensor]) -> int:
     return sum(math.prod(leaf.shape) for leaf in params.values())
 
 
-def zeros_like(params: Mapping[str, Tensor]) -> Params:
-    """Returns contiguous float32 zeros in the shape, order and device of `params`."""
+def zeros_like(
+    params: Mapping[str, Tensor], dtype: torch.dtype = torch.float32
+) -> Params:
+    """Returns contiguous zeros in the shape, order and device of `params`."""
     zeros = {
-        name: torch.empty(leaf.shape, dtype=torch.float32, device=leaf.device)
+        name: torch.empty(leaf.shape, dtype=dtype, device=leaf.device)
         for name, leaf in params.items()
     }
     if zeros:

@@ -14,6 +14,7 @@ from dpsgd.clipping.ghost import GhostClippedGrad
 from dpsgd.clipping.memory import MicrobatchMemory, measure_microbatch
 from dpsgd.clipping.vmap import (
     VmapClippedGrad,
+    clipping_slack,
     per_sample_grads,
     per_sample_norms,
 )
@@ -29,6 +30,7 @@ __all__ = [
     "PassStatistics",
     "clip_factors",
     "clipped_grad",
+    "clipping_slack",
     "measure_microbatch",
     "per_sample_grads",
     "per_sample_norms",

@@ -147,7 +147,8 @@ class ClippedGrad(ABC):
         """Adds one microbatch's clipped gradients to `clipped_sum` in place.
 
         Args:
-            clipped_sum: Float32 leaves like `params`.
+            clipped_sum: Float32 leaves like `params`, or float64 ones, in which sums
+                do not depend on the order of examples beyond 1e-9.
             params: Trainable parameters by name.
             *batch: Tensors whose first axis counts the M examples of the microbatch.
             mask: (M,) bool, False for padding, which contributes zero.

@@ -77,7 +77,7 @@ class RecordedClippedGrad(ClippedGrad):
     ) -> PassStatistics:
         """Adds one microbatch's clipped gradients to `clipped_sum` in place."""
         with torch.no_grad():
-            outputs = self._replayed(params, *batch, mask)
+            outputs = self._replayed(clipped_sum, params, *batch, mask)
             if outputs is None:
                 return self._pass(clipped_sum, params, *batch, mask)
             totals = [clipped_sum[name] for name in params]
@@ -86,7 +86,7 @@ class RecordedClippedGrad(ClippedGrad):
             return PassStatistics(*statistics)
 
     def _replayed(
-        self, params: Params, *batch_and_mask: Tensor
+        self, clipped_sum: Params, params: Params, *batch_and_mask: Tensor
     ) -> tuple[Tensor, ...] | None:
         """Returns what the recorded pass gives; None if there is to be none.
 
@@ -96,8 +96,10 @@ class RecordedClippedGrad(ClippedGrad):
         if self.execution != "cuda_graph" or not batch_and_mask[-1].is_cuda:
             return None
         self._names = tuple(params)
+        # Empty: it says in which type to sum, and a recording is kept for it alone.
+        kind = next(iter(clipped_sum.values())).new_empty(0)
         try:
-            return self._recorded(tuple(params.values()), batch_and_mask)
+            return self._recorded(tuple(params.values()), (kind, *batch_and_mask))
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
@@ -105,11 +107,12 @@ class RecordedClippedGrad(ClippedGrad):
             return None
 
     def _recordable_pass(
-        self, leaves: tuple[Tensor, ...], batch_and_mask: tuple[Tensor, ...]
+        self, leaves: tuple[Tensor, ...], kind_batch_and_mask: tuple[Tensor, ...]
     ) -> tuple[Tensor, ...]:
         """Takes the pass into sums of its own."""
+        kind, *batch_and_mask = kind_batch_and_mask
         params = dict(zip(self._names, leaves, strict=True))
-        sums = zeros_like(params)
+        sums = zeros_like(params, kind.dtype)
         one = self._pass(sums, params, *batch_and_mask)
         return (
             *sums.values(),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from dpsgd.clipping.base import LossFn
+from dpsgd.clipping.base import LossFn, PassStatistics
 from dpsgd.clipping.execution import ExampleGrads, RecordedClippedGrad
 from dpsgd.clipping.norm_rules import (
     GhostLinear,
@@ -52,6 +52,22 @@ class GhostClippedGrad(RecordedClippedGrad):
             rule = "the ghost engine records layers, which torch.compile cannot follow"
             raise ValueError(fault("runtime.execution", "compile", rule, _REMEDY))
         self._expanded: dict[tuple[str, ...], frozenset[str]] = {}
+
+    def accumulate(
+        self, clipped_sum: Params, params: Params, *batch: Tensor, mask: Tensor
+    ) -> PassStatistics:
+        """Adds one microbatch's clipped gradients to `clipped_sum` in place.
+
+        Raises:
+            ValueError: The sums are wider than the parameters: a pass is summed in
+                the type of these, so what is added would not be as exact as it looks.
+        """
+        for name, leaf in params.items():
+            if clipped_sum[name].dtype.itemsize > leaf.dtype.itemsize:
+                rule = f"the ghost engine sums in {leaf.dtype}"
+                kind = clipped_sum[name].dtype
+                raise ValueError(fault(f"clipped_sum.{name}", kind, rule, _REMEDY))
+        return super().accumulate(clipped_sum, params, *batch, mask=mask)
 
     def _example_grads(
         self, params: Params, *batch: Tensor

@@ -27,10 +27,11 @@ def clip_accumulate_(
 
     Guarantees:
         A row whose factor is 0 is left out, not multiplied: inf and NaN in it cannot
-        reach the sum. The sum is formed in float32.
+        reach the sum. The sum is formed in the type of `total`: in float64, products
+        are exact, and n terms are off by at most n * 2**-53 of their absolute values.
 
     Args:
-        total: (...) float32 running sum, contiguous.
+        total: (...) float32 or float64 running sum, contiguous.
         per_sample_grads: (M, ...) gradients, contiguous.
         clip_factors: (M,) float32, >= 0 and finite.
     """
@@ -88,14 +89,15 @@ if triton is not None:
         """One program sums all rows of COLS columns; nothing else writes them."""
         column = tl.program_id(0).to(tl.int64) * COLS + tl.arange(0, COLS)
         inside = column < num_columns
-        partial_sum = tl.zeros((COLS,), tl.float32)
+        kind = total.dtype.element_ty
+        partial_sum = tl.zeros((COLS,), kind)
         for start in range(0, num_rows, ROWS):
             row = start + tl.arange(0, ROWS)
-            factor = tl.load(factors + row, mask=row < num_rows, other=0.0)
+            factor = tl.load(factors + row, mask=row < num_rows, other=0.0).to(kind)
             # A masked load reads nothing, so inf and NaN stay where they are.
             mask = (factor > 0)[:, None] & inside[None, :]
             offset = row.to(tl.int64)[:, None] * num_columns + column[None, :]
-            grad = tl.load(grads + offset, mask=mask, other=0.0).to(tl.float32)
+            grad = tl.load(grads + offset, mask=mask, other=0.0).to(kind)
             partial_sum += tl.sum(grad * factor[:, None], axis=0)
         before = tl.load(total + column, mask=inside, other=0.0)
         tl.store(total + column, before + partial_sum, mask=inside)

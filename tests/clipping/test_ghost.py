@@ -300,3 +300,14 @@ def test_an_ordinary_loss_without_our_layers_is_expanded_whole() -> None:
     params = trainable_params(model)
 
     assert_same(*both(loss_fn, params, torch.randn(6, 4), torch.randn(6, 2), bound=0.1))
+
+
+def test_sums_wider_than_the_parameters_are_refused(tiny_network: Network) -> None:
+    model = tiny_network()
+    params, (views, labels) = moved(model), batch()
+    sums = {name: torch.zeros_like(leaf).double() for name, leaf in params.items()}
+    mask = torch.ones(M, dtype=torch.bool)
+    grad_fn = clipped_grad(per_example_loss(model), clipping_norm=1.0, engine="ghost")
+
+    with pytest.raises(ValueError, match="float64: the ghost engine sums in"):
+        grad_fn.accumulate(sums, params, views, labels, mask=mask)

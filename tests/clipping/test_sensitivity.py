@@ -7,9 +7,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dpsgd.clipping import ClippedGrads, clipped_grad
+from dpsgd.clipping import (
+    ClippedGrads,
+    clipped_grad,
+    clipping_slack,
+    per_sample_grads,
+)
 from dpsgd.models import per_example_loss, trainable_params
-from dpsgd.trees import Params
+from dpsgd.trees import Params, zeros_like
 
 INF, NAN = math.inf, math.nan
 PARAMS = {"a": torch.zeros(3), "b": torch.zeros(2)}
@@ -68,6 +73,87 @@ def test_one_example_moves_the_sum_by_at_most_the_sensitivity(
         assert added.num_nonfinite == 1
     part = min(expected, bound) * engine.l2_sensitivity / bound
     assert moved == pytest.approx(part, rel=1e-5, abs=2e-6 * engine.l2_sensitivity)
+
+
+def parts(params: Params, grads: Tensor, bound: float) -> Tensor:
+    """What each of the gradients, given as rows, adds to a float64 sum."""
+
+    def loss_fn(params: Params, x: Tensor) -> Tensor:
+        return params["w"] @ x
+
+    engine = clipped_grad(loss_fn, clipping_norm=bound)
+    rows = []
+    for row in grads:
+        total = zeros_like(params, torch.float64)
+        mask = torch.ones(1, dtype=torch.bool)
+        engine.accumulate(total, params, row[None], mask=mask)
+        rows.append(total["w"])
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("size", [1, 5, 1_023, 1_025, 300_000])
+@pytest.mark.parametrize("bound", [1e-12, 0.3, 1.0])
+def test_rounding_lets_no_gradient_further_past_its_bound_than_is_said(
+    size: int, bound: float
+) -> None:
+    params = {"w": torch.zeros(size)}
+    rng = torch.Generator().manual_seed(size)
+    grads = torch.stack(
+        [
+            torch.full((size,), 10 / 3),
+            torch.randn(size, generator=rng),
+            torch.randn(size, generator=rng).exp(),
+            torch.full((size,), 1e-20) + torch.eye(1, size)[0] * bound,
+            torch.full((size,), bound / math.sqrt(size)),
+        ]
+    )
+    slack = clipping_slack(params, bound)
+    norms = parts(params, grads, bound).norm(dim=1)
+
+    assert 2e-5 < slack < 4e-4
+    assert float(norms.max()) <= bound * (1 + slack)
+    assert float(norms[0]) > bound * (1 - slack)
+
+
+def test_what_an_example_adds_does_not_depend_on_the_others(
+    tiny_network: Callable[..., nn.Module],
+) -> None:
+    """In passes of one size, so that a neighbour moves the sum by its own part."""
+    model = tiny_network()
+    params, rng = trainable_params(model), torch.Generator().manual_seed(2)
+    loss_fn, labels = per_example_loss(model), torch.arange(6) % 3
+    views = torch.randn(6, 2, 3, 8, 8, generator=rng)
+    others = torch.randn(6, 2, 3, 8, 8, generator=rng)
+    others[2] = views[4]
+    grads, _ = per_sample_grads(loss_fn, params, views, labels)
+    moved, _ = per_sample_grads(loss_fn, params, others, labels[[0, 0, 4, 0, 0, 0]])
+
+    for name, leaf in grads.items():
+        assert torch.equal(moved[name][2], leaf[4])
+        assert not torch.equal(moved[name][4], leaf[4])
+
+
+def test_a_float64_sum_does_not_depend_on_the_order_of_examples() -> None:
+    params = {"w": torch.zeros(50)}
+
+    def loss_fn(params: Params, x: Tensor) -> Tensor:
+        return params["w"] @ x
+
+    engine = clipped_grad(loss_fn, clipping_norm=1.0)
+    x = torch.randn(512, 50, generator=torch.Generator().manual_seed(0))
+    spread = {}
+    for kind in (torch.float32, torch.float64):
+        sums = []
+        for rows in (x, x.flip(0)):
+            total = zeros_like(params, kind)
+            for part in rows.split(8):
+                mask = torch.ones(8, dtype=torch.bool)
+                engine.accumulate(total, params, part, mask=mask)
+            sums.append(total["w"].double())
+        spread[kind] = float((sums[0] - sums[1]).norm())
+
+    assert spread[torch.float64] < 2 * 512**2 * 2**-53  # what secure noise allows for
+    assert spread[torch.float32] > 1e-7  # and float32 would not keep
 
 
 @pytest.mark.parametrize("rescale", [False, True])

@@ -59,6 +59,22 @@ def test_sum_equals_the_loop(
     torch.testing.assert_close(total.double(), expected, rtol=0, atol=rows * 4e-7)
 
 
+def test_a_float64_total_is_summed_in_float64(
+    kernel: Kernel, kernel_device: torch.device
+) -> None:
+    total, grads, factors = case(33, (257,), kernel_device)
+    factors[5] = 0.0
+    grads[5] = math.nan
+    wide = total.double()
+    expected = looped(total, grads, factors)
+    kernel(wide, grads, factors)
+    kernel(total, grads, factors)
+
+    # 34 terms of size 1, each off by at most 2^-53 of the sum so far.
+    torch.testing.assert_close(wide, expected, rtol=0, atol=34 * 34 * 2**-53)
+    assert (total.double() - expected).abs().max() > 1e-8  # float32 is seen to be off
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_row_with_factor_zero_never_reaches_the_sum(
     kernel: Kernel, kernel_device: torch.device, bad: float
