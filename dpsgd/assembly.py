@@ -10,7 +10,13 @@ import torch
 from torch import nn
 
 from dpsgd.checkpoint import Checkpoint, CheckpointStore, differences
-from dpsgd.clipping import ClippedGrad, Engine, Execution, clipped_grad
+from dpsgd.clipping import (
+    ClippedGrad,
+    Engine,
+    Execution,
+    clipped_grad,
+    clipping_slack,
+)
 from dpsgd.config import Config
 from dpsgd.data import (
     DataSplits,
@@ -35,7 +41,7 @@ from dpsgd.models import (
     per_user_loss,
     trainable_params,
 )
-from dpsgd.optim import Optimizer
+from dpsgd.optim import Optimizer, SecureNoise
 from dpsgd.planning import Plan, make_plan
 from dpsgd.privacy import DPSGDMechanism, PrivacyLedger
 from dpsgd.resumption import (
@@ -47,7 +53,7 @@ from dpsgd.resumption import (
 )
 from dpsgd.rng import RandomStreams
 from dpsgd.train import Run, TrainState
-from dpsgd.trees import Params
+from dpsgd.trees import Params, num_elements
 
 __all__ = ["assemble", "evaluator", "load_network", "plan_of"]
 
@@ -133,8 +139,8 @@ def assemble(
         sampler=_sampler(plan, splits, streams),
         load_views=_view_loader(config, plan, splits, streams),
         grad_fn=_gradient_engine(config, plan, model),
+        secure_noise=_secure_noise(config, plan, state.params),
     )
-    run.ledger.require(1)  # a budget that one step exceeds trains nothing
     return run, state, plan
 
 
@@ -211,7 +217,9 @@ def _check_labels(splits: DataSplits, num_classes: int) -> None:
 def _ledger(config: Config, plan: Plan) -> PrivacyLedger:
     """Returns the account of the run."""
     limit = config.privacy.max_epsilon
-    return PrivacyLedger(plan.mechanism, plan.accountant, max_epsilon=limit)
+    ledger = PrivacyLedger(plan.mechanism, plan.accountant, max_epsilon=limit)
+    ledger.require(1)  # a budget that one step exceeds trains nothing
+    return ledger
 
 
 def _sampler(plan: Plan, splits: DataSplits, streams: RandomStreams) -> PoissonSampler:
@@ -221,6 +229,17 @@ def _sampler(plan: Plan, splits: DataSplits, streams: RandomStreams) -> PoissonS
     if plan.mechanism.unit == "user":
         num_rows = splits.train.num_users
     return PoissonSampler(num_rows=num_rows, sample_rate=rate, streams=streams)
+
+
+def _secure_noise(config: Config, plan: Plan, params: Params) -> SecureNoise | None:
+    """Returns "Add noise", where it is not the streams' noise."""
+    if config.privacy.noise != "secure":
+        return None
+    return SecureNoise.for_sums(
+        plan.mechanism,
+        num_parameters=num_elements(params),
+        clipping_slack=clipping_slack(params, plan.mechanism.clipping_norm),
+    )
 
 
 def _gradient_engine(config: Config, plan: Plan, model: nn.Module) -> ClippedGrad:
@@ -242,7 +261,8 @@ def _engine(config: Config, plan: Plan) -> Engine:
     """Returns how per-sample gradients are bounded, which `auto` leaves to the device.
 
     Raises:
-        ConfigError: The ghost engine is asked for with torch.compile.
+        ConfigError: The ghost engine is asked for with torch.compile, or for secure
+            noise.
     """
     runtime = config.runtime
     is_compiled = runtime.execution == "compile"
@@ -250,9 +270,15 @@ def _engine(config: Config, plan: Plan) -> Engine:
         rule = "records layers, which torch.compile cannot follow"
         remedy = "take runtime.execution=auto or runtime.engine=vmap"
         raise ConfigError(fault("runtime.engine", "ghost", rule, remedy))
+    is_secure = config.privacy.noise == "secure"
+    if runtime.engine == "ghost" and is_secure:
+        rule = "sums in float32, which secure noise does not take"
+        remedy = "take runtime.engine=auto or vmap"
+        raise ConfigError(fault("runtime.engine", "ghost", rule, remedy))
     if runtime.engine != "auto":
         return runtime.engine
-    return "ghost" if plan.device.type == "cuda" and not is_compiled else "vmap"
+    on_gpu = plan.device.type == "cuda"
+    return "ghost" if on_gpu and not is_compiled and not is_secure else "vmap"
 
 
 def _execution(config: Config, plan: Plan) -> Execution:
@@ -271,8 +297,10 @@ def _view_loader(
     config: Config, plan: Plan, splits: DataSplits, streams: RandomStreams
 ) -> LoadViews:
     """Returns what turns draws of the training set into views."""
-    # A draw ends, on average, half a microbatch early. Two sizes are worth recording.
+    # A draw ends, on average, half a microbatch early. Two sizes are worth recording;
+    # but for secure noise no example's gradient may depend on how many are drawn.
     is_recorded = _execution(config, plan) == "cuda_graph"
+    ends_early = is_recorded and config.privacy.noise == "standard"
     half = math.ceil(plan.microbatch_size / 2)
     make_loader: Callable[..., LoadViews] = ViewLoader
     if plan.mechanism.unit == "user":
@@ -284,7 +312,7 @@ def _view_loader(
         config=config.data,
         streams=streams,
         microbatch_size=plan.microbatch_size,
-        padded_to=half if is_recorded else None,
+        padded_to=half if ends_early else None,
         dtype=getattr(torch, config.model.compute_dtype),
         device=plan.device,
     )

@@ -69,6 +69,7 @@ class Plan:
             ("normalisation", _constants(config)),
             ("steps", f"{mechanism.num_steps:,}"),
             ("noise multiplier", f"{mechanism.noise_multiplier:.7g}"),
+            ("noise", privacy.noise),
             ("clipping norm", f"{mechanism.clipping_norm:g}"),
             ("epsilon (upper bound)", _epsilon(self.epsilon.upper)),
             ("delta", f"{mechanism.delta:g}"),

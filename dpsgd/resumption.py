@@ -2,7 +2,8 @@
 
 A step repeated with its old noise key but other arithmetic would release two sums whose
 difference has no noise. So a resumed run keeps its noise key only where it repeats the
-interrupted one bit for bit; elsewhere the noise gets a new key.
+interrupted one bit for bit; elsewhere the noise gets a new key. Secure noise is new in
+every piece of a run.
 """
 
 import dataclasses
@@ -98,8 +99,12 @@ def check_mechanism(config: Config, plan: Plan) -> None:
 
 
 def arithmetic_of(plan: Plan, config: Config) -> dict[str, Any]:
-    """Returns what rounding depends on: equal values repeat a CPU run bit for bit."""
+    """Returns what rounding depends on: equal values repeat a CPU run bit for bit.
+
+    Not so with secure noise, which is never the same twice.
+    """
     return {
+        "noise": config.privacy.noise,
         "device": str(plan.device),
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "num_threads": torch.get_num_threads(),
@@ -130,8 +135,8 @@ def continued_streams(
             and so be paid for once but released twice.
     """
     streams = RandomStreams.from_dict(checkpoint.facts["streams"])
-    on_cpu = arithmetic["device"] == "cpu"
-    if on_cpu and checkpoint.facts["arithmetic"] == dict(arithmetic):
+    repeats = arithmetic["device"] == "cpu" and arithmetic["noise"] == "standard"
+    if repeats and checkpoint.facts["arithmetic"] == dict(arithmetic):
         return streams
     step = checkpoint.facts["step"]
     if shown_step > step:

@@ -17,7 +17,7 @@ from dpsgd.config import Config
 from dpsgd.data import LoadViews, PoissonSampler
 from dpsgd.errors import UserError, fault
 from dpsgd.evaluate import Evaluation
-from dpsgd.optim import Optimizer, noisy_descent_
+from dpsgd.optim import Optimizer, SecureNoise, noisy_descent_
 from dpsgd.privacy import DPSGDMechanism, PrivacyLedger
 from dpsgd.rng import RandomStreams
 from dpsgd.trees import Params, zeros_like
@@ -48,6 +48,7 @@ class Run:
         sampler: "Take a random sample".
         load_views: Turns a draw into microbatches of views.
         grad_fn: "Compute gradient", "Clip gradient".
+        secure_noise: Noise in place of that of the streams; None keeps theirs.
         evaluate: Measures weights on the public test set.
         save: Writes a checkpoint of a state.
         keep_best: Marks the checkpoint of a step as the best.
@@ -60,6 +61,7 @@ class Run:
     sampler: PoissonSampler
     load_views: LoadViews
     grad_fn: ClippedGrad
+    secure_noise: SecureNoise | None
     evaluate: Callable[[Params], Evaluation]
     save: Callable[["TrainState"], None]
     keep_best: Callable[[int], None]
@@ -74,10 +76,16 @@ class Run:
                 self.mechanism.l2_sensitivity,
             ),
             ("mechanism", self.ledger.mechanism, self.mechanism),
+            ("noise", self._noise, self.config.privacy.noise),
         ):
             if part != accounted:
                 rule = f"the mechanism has {accounted}"
                 raise ValueError(fault(what, part, rule, "build both from one"))
+
+    @property
+    def _noise(self) -> str:
+        """Which noise is added, as the settings call it."""
+        return "standard" if self.secure_noise is None else "secure"
 
     def views_per_second(self, state: "TrainState") -> float:
         """Returns expected views over the time that steps take once warmed up."""
@@ -183,7 +191,8 @@ def train_step(run: Run, state: TrainState) -> list[PassStatistics]:
     # "Take a random sample L_t with sampling probability L/N"
     draw = run.sampler.draw(state.step)
     # "Compute gradient", "Clip gradient", and their sum
-    clipped_sum = zeros_like(state.params)
+    kind = torch.float32 if run.secure_noise is None else torch.float64
+    clipped_sum = zeros_like(state.params, kind)
     passes = [
         run.grad_fn.accumulate(clipped_sum, state.params, *batch, mask=mask)
         for *batch, mask in run.load_views(draw, state.step)
@@ -195,6 +204,7 @@ def train_step(run: Run, state: TrainState) -> list[PassStatistics]:
         state.optimizer,
         l2_sensitivity=run.grad_fn.l2_sensitivity,
         noise_key=run.streams.noise_key(state.step),
+        secure_noise=run.secure_noise,
         step=state.step,
         ema=state.ema,
         ema_decay=run.config.ema.decay,

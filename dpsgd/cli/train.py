@@ -52,6 +52,7 @@ _GUARANTEE = (
     "unit",
     "adjacency",
     "accountant",
+    "noise",
     "num_steps",
     "seeded",
 )
@@ -317,6 +318,7 @@ def _report(
         "unit": mechanism.unit,
         "adjacency": mechanism.adjacency,
         "accountant": run.config.privacy.accountant,
+        "noise": run.config.privacy.noise,
         "noise_multiplier": mechanism.noise_multiplier,
         "sample_rate": mechanism.sample_rate,
         "expected_batch_size": mechanism.expected_batch_size,

@@ -252,6 +252,7 @@ def _cross_checks(config: Config) -> list[str]:
         rule = "must be in (0, 1), and below 1/num_examples"
         faults.append(fault("privacy.delta", privacy.delta, rule, "lower delta"))
     faults += _unit_faults(config)
+    faults += _secure_noise_faults(config)
     if config.data.group_column is not None and config.data.source != "parquet":
         rule, remedy = "only parquet files have columns", "remove it, or take parquet"
         column = config.data.group_column
@@ -293,3 +294,17 @@ def _unit_faults(config: Config) -> list[str]:
         for name, value, remedy in settings
         if value is None
     ]
+
+
+def _secure_noise_faults(config: Config) -> list[str]:
+    """Returns what would undo secure noise: its repetition, or sums without it."""
+    if config.privacy.noise != "secure":
+        return []
+    faults = []
+    if config.train.seed is not None:
+        rule = "privacy.noise=secure is never repeatable"
+        faults.append(fault("train.seed", config.train.seed, rule, "remove the seed"))
+    if config.report.unprotected_metrics:
+        rule = "privacy.noise=secure forbids to record values without noise"
+        faults.append(fault("report.unprotected_metrics", True, rule, "leave them out"))
+    return faults

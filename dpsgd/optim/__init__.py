@@ -4,9 +4,11 @@ from dpsgd.optim.ema import ema_decay_at, update_ema_
 from dpsgd.optim.noisy_update import noisy_descent_, noisy_grad
 from dpsgd.optim.optimizers import Optimizer
 from dpsgd.optim.schedules import learning_rate_at
+from dpsgd.optim.secure_noise import SecureNoise
 
 __all__ = [
     "Optimizer",
+    "SecureNoise",
     "ema_decay_at",
     "learning_rate_at",
     "noisy_descent_",

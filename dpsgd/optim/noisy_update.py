@@ -9,6 +9,7 @@ from dpsgd.errors import fault
 from dpsgd.kernels import SGDStep, add_gaussian_noise_, noisy_sgd_
 from dpsgd.optim.ema import ema_decay_at, update_ema_
 from dpsgd.optim.optimizers import Optimizer
+from dpsgd.optim.secure_noise import SecureNoise
 from dpsgd.privacy import DPSGDMechanism
 from dpsgd.trees import Params
 
@@ -21,6 +22,7 @@ def noisy_grad(
     *,
     l2_sensitivity: float,
     noise_key: int,
+    secure_noise: SecureNoise | None = None,
 ) -> Params:
     r"""Turns the clipped sum of a whole draw into the private gradient, in place.
 
@@ -31,26 +33,30 @@ def noisy_grad(
         The noise has standard deviation `mechanism.noise_std`, is float32, drawn
         once for the whole sum, independent in every coordinate. The divisor is the
         public `expected_batch_size`, never the size of this draw. An empty draw gives
-        noise alone.
+        noise alone. Secure noise is at least as large, and as `SecureNoise` says.
 
     Args:
-        clipped_sum: Float32 leaves, the sum over all microbatches of one draw; they
-            are overwritten, so that no copy without noise outlives the step.
+        clipped_sum: Float32 leaves, float64 for secure noise, the sum over all
+            microbatches of one draw; they are overwritten, so that no copy without
+            noise outlives the step.
         mechanism: Says noise and divisor.
         l2_sensitivity: What the sum's engine says of it, `ClippedGrad.l2_sensitivity`.
         noise_key: The step's key, `RandomStreams.noise_key(step)`. Never use one key
             for two different sums: their difference would have no noise.
+        secure_noise: Takes the place of the noise of the key; None keeps that.
 
     Returns:
-        The same leaves, now (sum + noise) / B.
+        (sum + noise) / B, float32: the same leaves, or with secure noise others.
 
     Raises:
-        ValueError: The mechanism is for a sum of another sensitivity, or a leaf is not
-            contiguous float32.
+        ValueError: Mechanism or secure noise is for a sum of another sensitivity, or a
+            leaf is not contiguous float32, or float64 for secure noise.
 
     Source: Abadi et al. 2016, Algorithm 1, "Add noise" (arXiv:1607.00133).
     """
     _check_sensitivity(l2_sensitivity, mechanism)
+    if secure_noise is not None:
+        return _securely_noisy(clipped_sum, mechanism, secure_noise)
     for leaf, name in enumerate(sorted(clipped_sum)):
         total = clipped_sum[name]
         add_gaussian_noise_(total, std=mechanism.noise_std, key=noise_key, leaf=leaf)
@@ -65,6 +71,7 @@ def noisy_descent_(
     *,
     l2_sensitivity: float,
     noise_key: int,
+    secure_noise: SecureNoise | None = None,
     step: int,
     ema: Params | None,
     ema_decay: float | None,
@@ -72,11 +79,13 @@ def noisy_descent_(
     """Adds noise, divides, steps the parameters and averages them, all in place.
 
     That is `noisy_grad`, `Optimizer.step` and `update_ema_`, one after the other; with
-    SGD the three are one pass over the parameters, the same to float32 rounding.
+    SGD and the noise of a key, the three are one pass over the parameters, the same to
+    float32 rounding.
 
     Guarantees:
         Those of `noisy_grad`. The clipped sum is overwritten by the private gradient,
-        and parameters, momenta and average depend on it through that alone.
+        or with secure noise by the noisy sum, and parameters, momenta and average
+        depend on it through that alone.
 
     Args:
         clipped_sum: As for `noisy_grad`; leaves like the optimizer's parameters.
@@ -84,6 +93,7 @@ def noisy_descent_(
         optimizer: Holds parameters, rule and momenta.
         l2_sensitivity: As for `noisy_grad`.
         noise_key: As for `noisy_grad`.
+        secure_noise: As for `noisy_grad`.
         step: Step number, 0 <= step < num_steps.
         ema: Average so far, leaves like the parameters; None keeps none.
         ema_decay: Decay reached in the end, in [0, 1); None keeps no average.
@@ -93,9 +103,13 @@ def noisy_descent_(
 
     Source: Abadi et al. 2016, Algorithm 1, "Add noise", "Descent" (arXiv:1607.00133).
     """
-    if optimizer.config.name != "sgd":
+    if optimizer.config.name != "sgd" or secure_noise is not None:
         grads = noisy_grad(
-            clipped_sum, mechanism, l2_sensitivity=l2_sensitivity, noise_key=noise_key
+            clipped_sum,
+            mechanism,
+            l2_sensitivity=l2_sensitivity,
+            noise_key=noise_key,
+            secure_noise=secure_noise,
         )
         optimizer.step(grads, step=step)
         if ema is not None and ema_decay is not None:
@@ -136,3 +150,16 @@ def _leaves(tree: Params, names: list[str]) -> list[Tensor]:
         rule = "the sum must have the leaves of parameters and average, and no others"
         raise ValueError(fault("clipped_sum", odd, rule, "sum over all parameters"))
     return [tree[name] for name in names]
+
+
+def _securely_noisy(
+    clipped_sum: Params, mechanism: DPSGDMechanism, noise: SecureNoise
+) -> Params:
+    """Returns the private gradient with secure noise, overwriting the sum."""
+    if noise.std * noise.spacing < mechanism.noise_std:
+        rule = f"the mechanism wants at least {mechanism.noise_std}"
+        remedy = "make both from one mechanism"
+        raise ValueError(fault("secure_noise", noise.std * noise.spacing, rule, remedy))
+    noise.add_(clipped_sum)
+    divisor = mechanism.expected_batch_size
+    return {name: (total / divisor).float() for name, total in clipped_sum.items()}

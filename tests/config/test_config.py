@@ -332,6 +332,23 @@ def test_settings_of_users_are_refused_where_examples_are_the_unit() -> None:
     ]
 
 
+def test_what_would_undo_secure_noise_is_refused() -> None:
+    with pytest.raises(ConfigError) as error:
+        parse_config(
+            sections(
+                privacy__noise="secure", train__seed=0, report__unprotected_metrics=True
+            )
+        )
+
+    assert str(error.value).splitlines() == [
+        "train.seed=0: privacy.noise=secure is never repeatable; remove the seed",
+        "report.unprotected_metrics=True: privacy.noise=secure forbids to record "
+        "values without noise; leave them out",
+    ]
+    assert parse_config(sections(privacy__noise="secure")).privacy.noise == "secure"
+    assert parse_config(sections(train__seed=0)).privacy.noise == "standard"
+
+
 def test_groups_of_a_source_without_columns_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"data\.group_column=age: only parquet"):
         parse_config(sections(data__group_column="age"))
