@@ -10,13 +10,7 @@ import torch
 from torch import nn
 
 from dpsgd.checkpoint import Checkpoint, CheckpointStore, differences
-from dpsgd.clipping import (
-    ClippedGrad,
-    Engine,
-    Execution,
-    clipped_grad,
-    clipping_slack,
-)
+from dpsgd.clipping import clipping_slack
 from dpsgd.config import Config
 from dpsgd.data import (
     DataSplits,
@@ -33,12 +27,11 @@ from dpsgd.data import (
 )
 from dpsgd.errors import CheckpointError, ConfigError, DataError, fault
 from dpsgd.evaluate import Evaluation, evaluate
+from dpsgd.gradient_engine import build_gradient_engine, execution_of
 from dpsgd.models import (
     build_model,
     check_model,
     initialize,
-    per_example_loss,
-    per_user_loss,
     trainable_params,
 )
 from dpsgd.optim import Optimizer, SecureNoise
@@ -138,7 +131,7 @@ def assemble(
         ledger=_ledger(config, plan),
         sampler=_sampler(plan, splits, streams),
         load_views=_view_loader(config, plan, splits, streams),
-        grad_fn=_gradient_engine(config, plan, model),
+        grad_fn=build_gradient_engine(config, plan, model),
         secure_noise=_secure_noise(config, plan, state.params),
     )
     return run, state, plan
@@ -242,64 +235,13 @@ def _secure_noise(config: Config, plan: Plan, params: Params) -> SecureNoise | N
     )
 
 
-def _gradient_engine(config: Config, plan: Plan, model: nn.Module) -> ClippedGrad:
-    """Returns "Compute gradient" and "Clip gradient" for the network."""
-    # Shapes are fixed, so the search for the fastest convolution pays at once.
-    torch.backends.cudnn.benchmark = plan.device.type == "cuda"
-    by_user = plan.mechanism.unit == "user"
-    return clipped_grad(
-        per_user_loss(model) if by_user else per_example_loss(model),
-        clipping_norm=plan.mechanism.clipping_norm,
-        rescale_to_unit_norm=plan.mechanism.rescale_to_unit_norm,
-        microbatch_size=plan.microbatch_size,
-        engine=_engine(config, plan),
-        execution=_execution(config, plan),
-    )
-
-
-def _engine(config: Config, plan: Plan) -> Engine:
-    """Returns how per-sample gradients are bounded, which `auto` leaves to the device.
-
-    Raises:
-        ConfigError: The ghost engine is asked for with torch.compile, or for secure
-            noise.
-    """
-    runtime = config.runtime
-    is_compiled = runtime.execution == "compile"
-    if runtime.engine == "ghost" and is_compiled:
-        rule = "records layers, which torch.compile cannot follow"
-        remedy = "take runtime.execution=auto or runtime.engine=vmap"
-        raise ConfigError(fault("runtime.engine", "ghost", rule, remedy))
-    is_secure = config.privacy.noise == "secure"
-    if runtime.engine == "ghost" and is_secure:
-        rule = "sums in float32, which secure noise does not take"
-        remedy = "take runtime.engine=auto or vmap"
-        raise ConfigError(fault("runtime.engine", "ghost", rule, remedy))
-    if runtime.engine != "auto":
-        return runtime.engine
-    on_gpu = plan.device.type == "cuda"
-    return "ghost" if on_gpu and not is_compiled and not is_secure else "vmap"
-
-
-def _execution(config: Config, plan: Plan) -> Execution:
-    """Returns how passes run, which `auto` leaves to the device."""
-    on_gpu = plan.device.type == "cuda"
-    execution = config.runtime.execution
-    if execution == "cuda_graph" and not on_gpu:
-        rule = f"needs a CUDA device, and the run is on {plan.device}"
-        raise ConfigError(fault("runtime.execution", execution, rule, "take auto"))
-    if execution != "auto":
-        return execution
-    return "cuda_graph" if on_gpu else "eager"
-
-
 def _view_loader(
     config: Config, plan: Plan, splits: DataSplits, streams: RandomStreams
 ) -> LoadViews:
     """Returns what turns draws of the training set into views."""
     # A draw ends, on average, half a microbatch early. Two sizes are worth recording;
     # but for secure noise no example's gradient may depend on how many are drawn.
-    is_recorded = _execution(config, plan) == "cuda_graph"
+    is_recorded = execution_of(config, plan) == "cuda_graph"
     ends_early = is_recorded and config.privacy.noise == "standard"
     half = math.ceil(plan.microbatch_size / 2)
     make_loader: Callable[..., LoadViews] = ViewLoader

@@ -15,6 +15,7 @@ LAYERS = {
     **dict.fromkeys(["clipping", "optim"], 2),
     **dict.fromkeys(["evaluate", "checkpoint", "report", "planning"], 3),
     "train": 4,
+    "gradient_engine": 4,
     "resumption": 4,
     "assembly": 5,
     "cli": 6,
