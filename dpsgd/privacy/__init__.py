@@ -9,23 +9,30 @@ from dpsgd.privacy.accountant import (
     PRVAccountant,
     build_accountant,
 )
+from dpsgd.privacy.audit import AuditResult, CanaryResult, check_confidence, examine
 from dpsgd.privacy.calibration import calibrate_noise_multiplier, calibrate_num_steps
 from dpsgd.privacy.estimator import estimate_delta, estimate_epsilon
 from dpsgd.privacy.ledger import PrivacyLedger
 from dpsgd.privacy.mechanism import DPSGDMechanism, EpsilonBound, Phase, rounded_up
+from dpsgd.privacy.trials import Trials
 
 __all__ = [
     "ACCOUNTANTS",
     "Accountant",
+    "AuditResult",
+    "CanaryResult",
     "DPSGDMechanism",
     "EpsilonBound",
     "PRVAccountant",
     "Phase",
     "PrivacyLedger",
+    "Trials",
     "build_accountant",
     "calibrate_noise_multiplier",
     "calibrate_num_steps",
+    "check_confidence",
     "estimate_delta",
     "estimate_epsilon",
+    "examine",
     "rounded_up",
 ]
