@@ -20,7 +20,9 @@ import numpy as np
 
 __all__ = ["RandomStreams", "StreamName"]
 
-StreamName = Literal["init", "sampling", "selection", "augmentation", "noise"]
+StreamName = Literal[
+    "init", "sampling", "selection", "augmentation", "noise", "canaries"
+]
 
 _KEY_BYTES = 16
 

@@ -5,6 +5,12 @@
 
 from dpsgd.data.augmentation import ViewParameters, draw_views, make_views, normalize
 from dpsgd.data.batches import LoadViews, UserViewLoader, ViewLoader
+from dpsgd.data.canaries import (
+    GradientCanaries,
+    draw_coins,
+    extended,
+    mislabelled,
+)
 from dpsgd.data.dataset import DataSplits, ImageDataset, place
 from dpsgd.data.facts import PublicFacts, declared_num_examples, published_facts
 from dpsgd.data.sampling import Microbatch, PoissonSampler, microbatches
@@ -14,6 +20,7 @@ from dpsgd.data.users import UserExamples
 __all__ = [
     "SOURCES",
     "DataSplits",
+    "GradientCanaries",
     "ImageDataset",
     "LoadViews",
     "Microbatch",
@@ -24,10 +31,13 @@ __all__ = [
     "ViewLoader",
     "ViewParameters",
     "declared_num_examples",
+    "draw_coins",
     "draw_views",
+    "extended",
     "load_datasets",
     "make_views",
     "microbatches",
+    "mislabelled",
     "normalize",
     "place",
     "published_facts",

@@ -1,7 +1,8 @@
 """From a draw of examples, or of users, to microbatches of views on the device."""
 
+import copy
 from collections.abc import Iterator
-from typing import Protocol, final
+from typing import Protocol, Self, final
 
 import numpy as np
 import torch
@@ -73,6 +74,12 @@ class ViewLoader:
         self._microbatch_size = microbatch_size
         self._padded_to = padded_to
         self._device = device
+
+    def holding(self, dataset: ImageDataset) -> Self:
+        """Returns a loader of other examples, the same in all else."""
+        other = copy.copy(self)
+        other._dataset = dataset
+        return other
 
     def __call__(
         self, draw: NDArray[np.int64], step: int
