@@ -18,8 +18,9 @@ LAYERS = {
     "gradient_engine": 4,
     "resumption": 4,
     "assembly": 5,
-    "cli": 6,
-    "__init__": 7,  # what the package offers: may name anything below
+    "audit": 6,
+    "cli": 7,
+    "__init__": 8,  # what the package offers: may name anything below
 }
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 50
