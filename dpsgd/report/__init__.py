@@ -1,5 +1,6 @@
 """What a run says and leaves: reads files and plain values, never tensors."""
 
+from dpsgd.report.audit import audit_table, save_audit_plot
 from dpsgd.report.metrics import (
     MetricsWriter,
     last_evaluated_step,
@@ -20,6 +21,7 @@ __all__ = [
     "MetricsWriter",
     "ProgressView",
     "RunDirectory",
+    "audit_table",
     "compare",
     "comparison_table",
     "default_run_directory",
@@ -29,5 +31,6 @@ __all__ = [
     "plan_table",
     "read_metrics",
     "result_table",
+    "save_audit_plot",
     "to_json",
 ]

@@ -1,0 +1,136 @@
+import contextlib
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from small_runs import command, remembering, write_config
+
+from dpsgd.cli.audit import main
+from dpsgd.privacy import examine
+
+FULL_BATCH = {
+    "model.name": "convnet",
+    "model.depth": 1,
+    "model.groups": 4,
+    "privacy.expected_batch_size": 1_437,
+    "privacy.noise_multiplier": 4.0,
+    "train.num_steps": 2,
+}
+
+
+def dpsgd_audit(folder: Path, *arguments: Any, changes: Any = None) -> int:
+    config = write_config(folder, {**FULL_BATCH, **(changes or {})})
+    numbers = ["--gradient-canaries", "400", "--image-canaries", "20"]
+    words = [config, "--run-dir", folder / "run", *numbers, *arguments]
+    with remembering():
+        return main([str(word) for word in words])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder of an audit, and what it printed."""
+    folder = tmp_path_factory.mktemp("audited [bold]")
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert dpsgd_audit(folder) == 0
+    return folder / "run", printed.getvalue()
+
+
+def test_the_command_says_how_it_is_used() -> None:
+    done = command("dpsgd-audit", "--help")
+
+    assert (done.returncode, done.stderr) == (0, "")
+    for text in ("--gradient-canaries", "--image-canaries", "Exit code 0: the claim"):
+        assert text in done.stdout
+
+
+def test_an_audit_leaves_report_scores_and_picture_and_no_weights(
+    finished: tuple[Path, str],
+) -> None:
+    run, _ = finished
+
+    assert {path.name for path in run.iterdir()} == {
+        "audit.png",
+        "config.yaml",
+        "report.json",
+        "scores.json",
+    }
+    assert (run / "audit.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_report_follows_from_scores_and_claim(finished: tuple[Path, str]) -> None:
+    report = json.loads((finished[0] / "report.json").read_text())
+    scores = json.loads((finished[0] / "scores.json").read_text())
+
+    assert report["note"].endswith("no run with canaries may be released.")
+    assert report["adjacency"] == "add-or-remove-one"
+    assert report["num_steps"] == 2
+    assert not report["is_refuted"]
+    assert report["epsilon"] > 1.0  # of two full batches with noise 4
+    assert {*scores} == {*report["canaries"]} == {"gradients", "images"}
+    for kind, number in (("gradients", 400), ("images", 20)):
+        found = examine(
+            np.array(scores[kind]["scores"]),
+            np.array(scores[kind]["is_in"]),
+            epsilon=report["epsilon"],
+            delta=report["delta"],
+            confidence=report["confidence"],
+        )
+        told = report["canaries"][kind]
+        assert told["num_canaries"] == number
+        assert told["num_correct"] == found.guesses.num_correct
+        assert told["epsilon_lower_bound"] == found.epsilon_lower_bound
+        assert told["epsilon_if_gaussian"] == found.epsilon_if_gaussian
+
+
+def test_a_table_tells_bounds_beside_the_claim(finished: tuple[Path, str]) -> None:
+    _, printed = finished
+
+    for text in ("Audit, claimed: (", "gradients", "images", "if Gaussian", "run"):
+        assert text in printed
+    assert "not refuted: the lower bounds, with 95% confidence each" in printed
+    assert "\x1b" not in printed
+
+
+def test_nothing_is_overwritten(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+
+    assert dpsgd_audit(tmp_path) == 2
+    assert "holds a run or other files already" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["notes.txt"]
+
+
+def test_a_run_that_claims_nothing_is_audited(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes = {"privacy.noise_multiplier": 0.0, "train.num_steps": 1}
+
+    assert dpsgd_audit(tmp_path, changes=changes) == 0
+    assert "nothing is claimed" in capsys.readouterr().out
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["epsilon"] is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--confidence", "1"], "confidence=1.0: must be in (0, 1)"),
+        (["--gradient-canaries", "-1"], "canaries=-1 and 20: must be at least 0"),
+        (["--image-canaries", "400"], "--image-canaries=400: canaries are images of"),
+        (["--set", "optimizer.name=adamw"], "optimizer.name=adamw: the auditor reads"),
+    ],
+)
+def test_what_cannot_be_audited_is_refused(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    told: str,
+) -> None:
+    assert dpsgd_audit(tmp_path, *arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(told)
