@@ -4,7 +4,7 @@ CONFIG ?= configs/digits.yaml
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup train test test-gpu lint types fmt check clean
+.PHONY: setup train test test-gpu defects lint types fmt check clean
 
 setup: $(VENV)/.ready
 
@@ -22,6 +22,9 @@ test: setup
 
 test-gpu: setup
 	$(BIN)/python -m pytest -m gpu
+
+defects: setup
+	$(BIN)/python tests/planted_defects.py --write
 
 lint: setup
 	$(BIN)/ruff check .

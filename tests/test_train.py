@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from small_runs import dpsgd_train, read_lines, small_config, start, write_config
 from torch import Tensor
 from torch.func import functional_call
+from toy_runs import with_draw
 
 import dpsgd.train
 from dpsgd.clipping import clipped_grad
@@ -41,23 +41,6 @@ UNPROTECTED = {
 }
 # One-ulp differences of float32 sums, grown over a few steps of learning rate 0.5.
 ROUNDING = 1e-5
-
-
-@dataclasses.dataclass(frozen=True)
-class FixedDraw:
-    """A sampler that always draws the same rows."""
-
-    rows: NDArray[np.int64]
-    sample_rate: float
-
-    def draw(self, step: int) -> NDArray[np.int64]:
-        return self.rows
-
-
-def with_draw(run: Run, rows: Any) -> Run:
-    rate = run.mechanism.sample_rate
-    draw = FixedDraw(np.asarray(rows, np.int64), rate)
-    return dataclasses.replace(run, sampler=draw)
 
 
 def copies(params: Params) -> Params:

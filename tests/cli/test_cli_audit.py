@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from planted_defects import DEFECTS
 from small_runs import command, remembering, write_config
 
 from dpsgd.cli.audit import main
@@ -103,6 +104,16 @@ def test_nothing_is_overwritten(
     assert dpsgd_audit(tmp_path) == 2
     assert "holds a run or other files already" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["notes.txt"]
+
+
+def test_a_run_without_its_noise_is_refuted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    DEFECTS["no_noise"].plant(monkeypatch)
+
+    assert dpsgd_audit(tmp_path) == 1
+    assert "REFUTED: a lower bound passes the claim" in capsys.readouterr().out
+    assert json.loads((tmp_path / "run" / "report.json").read_text())["is_refuted"]
 
 
 def test_a_run_that_claims_nothing_is_audited(
