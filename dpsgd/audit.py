@@ -20,11 +20,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.func import vmap
 
-from dpsgd.config import OptimizerConfig
+from dpsgd.config import Config
 from dpsgd.data import (
     DataSplits,
     GradientCanaries,
     ImageDataset,
+    ViewLoader,
     draw_coins,
     extended,
     mislabelled,
@@ -76,7 +77,7 @@ def audit(
         ConfigError: There are too many canaries, or none, or the update rule hides
             what was released.
     """
-    _check(run.config.optimizer, num_gradient_canaries, num_image_canaries)
+    _check(run.config, num_gradient_canaries, num_image_canaries)
     rng = run.streams.generator("canaries")
     device = next(iter(state.params.values())).device
     images = mislabelled(rng, splits.test, num_image_canaries, num_classes)
@@ -135,20 +136,25 @@ def _examined(
     )
 
 
-def _check(optimizer: OptimizerConfig, *numbers: int) -> None:
+def _check(config: Config, *numbers: int) -> None:
     """Raises unless there are canaries, and released gradients can be told."""
     if min(numbers) < 0 or not any(numbers):
         rule = "must be at least 0, and one of them above"
         shown = " and ".join(map(str, numbers))
         raise ConfigError(fault("canaries", shown, rule, "raise them"))
-    if optimizer.name != "sgd":
+    if config.privacy.unit != "example":
+        rule = "canaries are examples, and tell nothing of whole users"
+        remedy = "audit the run with privacy.unit=example"
+        raise ConfigError(fault("privacy.unit", config.privacy.unit, rule, remedy))
+    if config.optimizer.name != "sgd":
         rule = "the auditor reads gradients off the weights, which only SGD shows"
         remedy = "set it to sgd"
-        raise ConfigError(fault("optimizer.name", optimizer.name, rule, remedy))
+        raise ConfigError(fault("optimizer.name", config.optimizer.name, rule, remedy))
 
 
 def _planted(run: Run, rows: ImageDataset, gradients: GradientCanaries) -> Run:
     """Returns the run on other rows; its parts are its own, and nothing is written."""
+    assert isinstance(run.load_views, ViewLoader)  # which loads examples, not users
     if len(gradients):
         run.grad_fn.loss_fn = gradients.loss_fn(run.grad_fn.loss_fn)
     return dataclasses.replace(

@@ -147,6 +147,26 @@ def test_a_seed_repeats_an_audit(tmp_path: Path) -> None:
     assert not np.array_equal(one.is_in, other.is_in)
 
 
+def test_an_audit_of_users_is_refused(tmp_path: Path) -> None:
+    run, state, _ = start(tmp_path)
+    privacy = dataclasses.replace(
+        run.config.privacy, unit="user", max_examples_per_user=2
+    )
+    run = dataclasses.replace(
+        run, config=dataclasses.replace(run.config, privacy=privacy)
+    )
+    with pytest.raises(ConfigError, match=r"privacy\.unit=user: .* whole users"):
+        audit(
+            run,
+            state,
+            load_datasets(run.config.data),
+            num_classes=10,
+            num_gradient_canaries=1,
+            num_image_canaries=0,
+            confidence=0.95,
+        )
+
+
 @pytest.mark.parametrize(
     ("changes", "numbers", "told"),
     [

@@ -1,6 +1,7 @@
 """`bin/dpsgd-audit`: tries to refute the epsilon of a run, with canaries."""
 
 import argparse
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime
@@ -128,6 +129,9 @@ def _audit(
 ) -> tuple[AuditResult, Run]:
     """Assembles the run and audits it."""
     store = CheckpointStore(directory.checkpoints, keep=1)  # nothing is saved
+    # Canaries use parameters beside the layers, which the ghost engine cannot follow.
+    runtime = dataclasses.replace(config.runtime, engine="vmap")
+    config = dataclasses.replace(config, runtime=runtime)
     run, state, plan = assemble(config, store=store)
     splits = load_datasets(config.data)
     directory.create(config_to_dict(with_absolute_paths(config)))
