@@ -3,6 +3,7 @@
 import math
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -89,6 +90,22 @@ class Plan:
                 else "from the operating system",
             ),
         ]
+
+    def to_dict(self, config: Config) -> dict[str, Any]:
+        """Returns what plan.json keeps of it: public facts as plain values."""
+        return {
+            **self.mechanism.to_dict(),
+            "adjacency": self.mechanism.adjacency,
+            "accountant": config.privacy.accountant,
+            "noise": config.privacy.noise,
+            "epsilon": self.epsilon.upper,
+            "seeded": config.train.seed is not None,
+            f"num_{self.mechanism.unit}s": self.facts.num_examples,
+            "num_classes": self.facts.num_classes,
+            "num_parameters": self.num_parameters,
+            "microbatch_size": self.microbatch_size,
+            "device": str(self.device),
+        }
 
 
 def choose_device(name: str) -> torch.device:

@@ -27,6 +27,7 @@ from dpsgd.config import (
 from dpsgd.errors import ConfigError, fault
 from dpsgd.planning import Plan
 from dpsgd.report import (
+    FORMAT,
     MetricsWriter,
     ProgressView,
     RunDirectory,
@@ -133,9 +134,16 @@ def _train(
     )
     if not resumes:
         directory.create(config_to_dict(with_absolute_paths(config)))
-        write_atomically(directory.environment, to_json(environment()).encode())
+        _record_plan(directory, config, plan)
     with directory.locked():
         return _train_locked(console, config, directory, run, state, plan)
+
+
+def _record_plan(directory: RunDirectory, config: Config, plan: Plan) -> None:
+    """Writes what the run will do, and with what, for those who read it unfinished."""
+    planned = {"format": FORMAT, **plan.to_dict(config)}
+    write_atomically(directory.plan, to_json(planned, indent=2).encode())
+    write_atomically(directory.environment, to_json(environment()).encode())
 
 
 def _train_locked(
@@ -303,6 +311,7 @@ def _report(
     best_known = record.ema or record.last
     epsilon = run.ledger.epsilon_exactly(state.step)
     return {
+        "format": FORMAT,
         "outcome": outcome,
         "test_accuracy": record.last.accuracy,
         "test_accuracy_ema": record.ema.accuracy if record.ema else None,

@@ -10,6 +10,7 @@ from dpsgd.report.metrics import (
 from dpsgd.report.outcomes import Comparison, compare, comparison_table
 from dpsgd.report.progress import ProgressView
 from dpsgd.report.run_directory import (
+    FORMAT,
     RunDirectory,
     default_run_directory,
     environment,
@@ -17,6 +18,7 @@ from dpsgd.report.run_directory import (
 from dpsgd.report.tables import guarantee_in_words, plan_table, result_table
 
 __all__ = [
+    "FORMAT",
     "Comparison",
     "MetricsWriter",
     "ProgressView",

@@ -16,8 +16,11 @@ import yaml
 
 from dpsgd.errors import ConfigError, fault
 
-__all__ = ["RunDirectory", "default_run_directory", "environment"]
+__all__ = ["FORMAT", "RunDirectory", "default_run_directory", "environment"]
 
+# Of plan.json and report.json. Format 1 had no plan.json and no `format`; the oldest
+# runs of it name neither unit nor noise, and count no test examples by class.
+FORMAT = 2
 _PACKAGES = ("dpsgd", "torch", "torchvision", "triton", "numpy", "prv-accountant")
 
 
@@ -32,6 +35,7 @@ class RunDirectory:
         self.path = path
         self.config = path / "config.yaml"
         self.environment = path / "environment.json"
+        self.plan = path / "plan.json"
         self.metrics = path / "metrics.jsonl"
         self.report = path / "report.json"
         self.weights = path / "model.safetensors"
@@ -84,6 +88,16 @@ class RunDirectory:
             raise ConfigError(
                 fault("--resume", self.path, rule, "wait for its end, or stop it")
             ) from error
+
+    def is_locked(self) -> bool:
+        """Returns whether a process is training in the folder."""
+        if not self.path.is_dir():
+            return False
+        try:
+            with self.locked():
+                return False
+        except ConfigError:
+            return True
 
     def require(self) -> None:
         """Raises ConfigError unless the folder holds a run."""

@@ -40,6 +40,7 @@ def test_the_report_has_its_keys_with_sane_values(finished: tuple[Path, str]) ->
         assert 0 <= report[key] <= 1
     assert list(report["per_class_accuracy"]) == list("0123456789")
     assert all(0 <= value <= 1 for value in report["per_class_accuracy"].values())
+    assert sum(report["per_class_num_examples"].values()) == 360
     assert report["num_steps"] == 4
     assert report["delta"] == 1e-4
     assert report["noise_multiplier"] > 0.3
@@ -73,6 +74,7 @@ def test_a_run_leaves_all_its_files(finished: tuple[Path, str]) -> None:
         "environment.json",
         "metrics.jsonl",
         "model.safetensors",
+        "plan.json",
         "report.json",
     }
     assert json.loads((run / "environment.json").read_text())["versions"]["torch"]
@@ -82,6 +84,21 @@ def test_a_run_leaves_all_its_files(finished: tuple[Path, str]) -> None:
     for key in ("test_accuracy", "test_accuracy_ema", "test_loss", "test_loss_ema"):
         assert lines[-1][key] == report[key]
     assert lines[0]["epsilon"] < lines[1]["epsilon"] <= 0.5
+
+
+def test_the_plan_is_left_for_readers_of_an_unfinished_run(
+    finished: tuple[Path, str],
+) -> None:
+    run, _ = finished
+    plan = json.loads((run / "plan.json").read_text())
+    report = report_of(run)
+
+    shared = ("delta", "unit", "noise", "noise_multiplier", "num_steps")
+    for key in ("format", "epsilon", *shared):
+        assert plan[key] == report[key]
+    assert plan["num_examples"] == 1437
+    assert plan["num_parameters"] == 78_650
+    assert plan["seeded"] is True
 
 
 def test_the_config_in_the_run_directory_reads_back_equal(

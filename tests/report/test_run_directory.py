@@ -39,6 +39,21 @@ def test_a_folder_without_a_run_is_told(tmp_path: Path) -> None:
         RunDirectory(tmp_path).require()
 
 
+def test_who_trains_in_a_folder_is_seen_from_outside(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path)
+
+    assert not RunDirectory(tmp_path / "absent").is_locked()
+    assert not directory.is_locked()
+    with directory.locked():
+        assert directory.is_locked()
+        with (
+            pytest.raises(ConfigError, match="another process is training"),
+            directory.locked(),
+        ):
+            raise AssertionError("locked twice")
+    assert not directory.is_locked()
+
+
 def test_default_names_tell_config_and_time() -> None:
     path = default_run_directory(
         Path("configs/a.b.yaml"), datetime(2026, 1, 2, 3, 4, 5)
