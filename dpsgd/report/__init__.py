@@ -15,6 +15,7 @@ from dpsgd.report.run_directory import (
     default_run_directory,
     environment,
 )
+from dpsgd.report.runs import RunRecord, read_run
 from dpsgd.report.tables import guarantee_in_words, plan_table, result_table
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "MetricsWriter",
     "ProgressView",
     "RunDirectory",
+    "RunRecord",
     "audit_table",
     "compare",
     "comparison_table",
@@ -32,6 +34,7 @@ __all__ = [
     "last_evaluated_step",
     "plan_table",
     "read_metrics",
+    "read_run",
     "result_table",
     "save_audit_plot",
     "to_json",

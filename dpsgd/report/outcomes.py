@@ -111,6 +111,12 @@ class Comparison:
     overall: GroupOutcome
     gaps: Mapping[str, Gap]
 
+    @property
+    def ranked(self) -> list[GroupOutcome]:
+        """Groups with examples, best first."""
+        known = [one for one in self.groups if one.num_examples]
+        return sorted(known, key=lambda one: -one.num_right / one.num_examples)
+
     def to_dict(self) -> dict[str, Any]:
         """Returns outcomes and gaps as plain values, for JSON."""
         return {

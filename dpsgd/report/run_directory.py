@@ -11,7 +11,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from dpsgd.errors import ConfigError, fault
@@ -118,6 +117,8 @@ def default_run_directory(config_path: Path, now: datetime) -> Path:
 
 def environment() -> dict[str, Any]:
     """Returns commit, versions and hardware, so that a result can be traced."""
+    import torch  # here, so that what runs have left is read without it
+
     versions: dict[str, str | None] = {}
     for name in _PACKAGES:
         try:
