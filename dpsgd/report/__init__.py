@@ -1,6 +1,7 @@
 """What a run says and leaves: reads files and plain values, never tensors."""
 
 from dpsgd.report.audit import audit_table, save_audit_plot
+from dpsgd.report.comparison_page import comparison_report
 from dpsgd.report.metrics import (
     MetricsWriter,
     last_evaluated_step,
@@ -8,6 +9,7 @@ from dpsgd.report.metrics import (
     to_json,
 )
 from dpsgd.report.outcomes import Comparison, compare, comparison_table
+from dpsgd.report.outputs import OwnFiles
 from dpsgd.report.progress import ProgressView
 from dpsgd.report.run_directory import (
     FORMAT,
@@ -15,6 +17,7 @@ from dpsgd.report.run_directory import (
     default_run_directory,
     environment,
 )
+from dpsgd.report.run_page import run_report
 from dpsgd.report.runs import RunRecord, read_run
 from dpsgd.report.tables import guarantee_in_words, plan_table, result_table
 
@@ -22,11 +25,13 @@ __all__ = [
     "FORMAT",
     "Comparison",
     "MetricsWriter",
+    "OwnFiles",
     "ProgressView",
     "RunDirectory",
     "RunRecord",
     "audit_table",
     "compare",
+    "comparison_report",
     "comparison_table",
     "default_run_directory",
     "environment",
@@ -36,6 +41,7 @@ __all__ = [
     "read_metrics",
     "read_run",
     "result_table",
+    "run_report",
     "save_audit_plot",
     "to_json",
 ]
