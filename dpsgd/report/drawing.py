@@ -143,5 +143,6 @@ def _standalone_style() -> str:
     light, dark = css_variables(is_dark=False), css_variables(is_dark=True)
     return (
         f":root{{{light}}}@media(prefers-color-scheme:dark){{:root{{{dark}}}}}"
+        "svg{background:var(--page)}"
         "text{font-family:system-ui,sans-serif!important}"
     )
