@@ -45,14 +45,7 @@ from dpsgd.report.words import (
     size,
 )
 
-__all__ = [
-    "comparison_figures",
-    "comparison_report",
-    "differing_settings",
-    "joint_statement",
-    "results_table",
-    "told_apart",
-]
+__all__ = ["comparison_report"]
 
 
 def comparison_report(runs: Sequence[RunRecord]) -> Report:
@@ -64,14 +57,14 @@ def comparison_report(runs: Sequence[RunRecord]) -> Report:
     Raises:
         ConfigError: A run is given twice.
     """
-    runs = told_apart(runs)
-    curves = comparison_figures(runs)
+    runs = _told_apart(runs)
+    curves = _figures(runs)
     body = (
-        section("Privacy", _privacy_table(runs), joint_statement(runs)),
-        section("Results", results_table(runs)),
+        section("Privacy", _privacy_table(runs), _joint_statement(runs)),
+        section("Results", _results_table(runs)),
         section("Curves", _or_nothing(curves)),
         section("Speed and memory", _cost_table(runs)),
-        section("What the runs have set differently", differing_settings(runs)),
+        section("What the runs have set differently", _differing_settings(runs)),
         section("Each run", *map(_one_run, range(len(runs)), runs)),
     )
     names = ", ".join(run.name for run in runs)
@@ -79,7 +72,7 @@ def comparison_report(runs: Sequence[RunRecord]) -> Report:
     return Report(html, curves)
 
 
-def told_apart(runs: Sequence[RunRecord]) -> list[RunRecord]:
+def _told_apart(runs: Sequence[RunRecord]) -> list[RunRecord]:
     """Returns the runs under different names: whole paths where folders share one.
 
     Raises:
@@ -98,7 +91,7 @@ def told_apart(runs: Sequence[RunRecord]) -> list[RunRecord]:
     ]
 
 
-def comparison_figures(runs: Sequence[RunRecord]) -> list[Drawn]:
+def _figures(runs: Sequence[RunRecord]) -> list[Drawn]:
     """Returns the curves of several runs, each drawn in its own colour."""
     note = "Averaged weights where a run keeps them, else the last ones."
     return [
@@ -119,7 +112,7 @@ def comparison_figures(runs: Sequence[RunRecord]) -> list[Drawn]:
     ]
 
 
-def joint_statement(runs: Sequence[RunRecord]) -> Markup:
+def _joint_statement(runs: Sequence[RunRecord]) -> Markup:
     """Returns what several runs on the same private data have spent together."""
     together = joint_epsilon(runs)
     text = (
@@ -147,7 +140,7 @@ def joint_statement(runs: Sequence[RunRecord]) -> Markup:
     return element("p", text)
 
 
-def results_table(runs: Sequence[RunRecord]) -> Markup:
+def _results_table(runs: Sequence[RunRecord]) -> Markup:
     """Returns accuracy, privacy and length, a row a run."""
     headings = (
         "run", "outcome", "averaged", "last", "class gap", "epsilon", "noise",
@@ -187,7 +180,7 @@ def _cost_table(runs: Sequence[RunRecord]) -> Markup:
     return table(headings, rows, label="Speed and memory of the runs")
 
 
-def differing_settings(runs: Sequence[RunRecord]) -> Markup:
+def _differing_settings(runs: Sequence[RunRecord]) -> Markup:
     """Returns the settings that are not the same in all runs."""
     flat = [_flattened(run.settings) for run in runs]
     keys = dict.fromkeys(key for one in flat for key in one)

@@ -30,6 +30,8 @@ __all__ = [
 _MOST_MARKED = 40  # points of a curve that are still told apart
 _MOST_BARS = 24  # groups, above which only the best and worst are drawn
 _LONGEST_LABEL = 34
+_LEGEND_LETTERS = 68  # in a line of a legend
+_LEGEND_ROW = 0.19  # inches
 _STYLES: Final = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)))
 _LOGARITHMIC_FROM = 8.0  # largest over smallest value of an axis
 
@@ -303,10 +305,11 @@ def _finish(axes: "Axes", curves: Sequence[Curve], *, has_legend: bool) -> None:
 def _legend(axes: "Axes", labels: Sequence[str]) -> None:
     """Names the lines below the axes, in as many columns as their names allow."""
     longest = max(len(_short(label)) for label in labels)
-    columns = max(1, min(len(labels), 56 // (longest + 6)))
-    axes.figure.legend(
-        loc="outside lower left", ncols=columns, fontsize=9, handlelength=1.6
-    )
+    columns = max(1, min(len(labels), _LEGEND_LETTERS // (longest + 7)))
+    rows = math.ceil(len(labels) / columns)
+    figure = _figure(axes)
+    figure.set_figheight(figure.get_figheight() + _LEGEND_ROW * (rows - 1))
+    figure.legend(loc="outside lower left", ncols=columns, fontsize=9, handlelength=1.6)
 
 
 def _number_axis(axes: "Axes", values: Sequence[float]) -> None:
