@@ -2,13 +2,11 @@
 
 import argparse
 import resource
-import signal
 import sys
 import time
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -18,6 +16,7 @@ from dpsgd.assembly import assemble, plan_of
 from dpsgd.checkpoint import CheckpointStore, write_atomically, write_tensors
 from dpsgd.cli.errors import UsageParser, exit_code
 from dpsgd.cli.groups import comparisons
+from dpsgd.cli.signals import SIGNAL_EXIT, StopSignal
 from dpsgd.config import (
     Config,
     config_to_dict,
@@ -44,8 +43,6 @@ from dpsgd.train import EvaluationRecord, Outcome, Run, StepRecord, TrainState, 
 
 __all__ = ["main"]
 
-_SIGNAL_EXIT = 128  # a shell's code for a process that a signal ended
-_GRACE_SECONDS = 2.0
 # What of the report goes with the weights wherever they are copied to.
 _GUARANTEE = (
     "epsilon",
@@ -161,7 +158,7 @@ def _train_locked(
     if held != declared:
         text = f"{held} {run.mechanism.unit}s are held, {declared} are declared"
         console.print(f"note: {text}: sample rate and divisor follow the declared size")
-    stop = _StopSignal()
+    stop = StopSignal()
     metrics = MetricsWriter(directory.metrics, from_step=state.step)
     progress = ProgressView(console, num_steps=run.ledger.max_steps, step=state.step)
     observer = _Recorder(metrics, progress)
@@ -186,7 +183,7 @@ def _train_locked(
             highlight=False,
             soft_wrap=True,
         )
-        return _SIGNAL_EXIT + (stop.received or 0)
+        return SIGNAL_EXIT + (stop.received or 0)
     assert observer.evaluation is not None  # the last step is always evaluated
     _leave(console, directory, run, state, observer.evaluation, outcome)
     return 0
@@ -196,34 +193,6 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
     """Returns whether memory ran out: on the CPU torch has no error type for it."""
     on_cpu = "can't allocate memory" in str(error)
     return on_cpu or isinstance(error, torch.OutOfMemoryError)
-
-
-class _StopSignal:
-    """Remembers SIGTERM or SIGINT; a later second one ends the process at once.
-
-    Process managers send a signal to the process and again to its group, so what
-    follows within the grace period is the same request.
-    """
-
-    def __init__(self) -> None:
-        self.received: int | None = None
-        self._received_at = 0.0
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._before[number] = signal.signal(number, self._handle)
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, _: FrameType | None) -> None:
-        if self.received is None:
-            self.received, self._received_at = number, time.monotonic()
-        elif time.monotonic() - self._received_at > _GRACE_SECONDS:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
 
 
 class _Recorder:
@@ -349,3 +318,7 @@ def _peak_memory() -> int:
         return torch.cuda.max_memory_allocated()
     kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return kibibytes * (1 if sys.platform == "darwin" else 1024)
+
+
+if __name__ == "__main__":  # as bin/dpsgd-sweep starts its runs
+    sys.exit(main())
