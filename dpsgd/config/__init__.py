@@ -4,6 +4,8 @@ from dpsgd.config.loader import (
     config_to_dict,
     load_config,
     parse_config,
+    read_yaml,
+    unknown_names,
     with_absolute_paths,
 )
 from dpsgd.config.schema import (
@@ -39,5 +41,7 @@ __all__ = [
     "config_to_dict",
     "load_config",
     "parse_config",
+    "read_yaml",
+    "unknown_names",
     "with_absolute_paths",
 ]

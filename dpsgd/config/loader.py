@@ -14,7 +14,14 @@ from dpsgd.config.coercion import Mismatch, coerce
 from dpsgd.config.schema import Config
 from dpsgd.errors import ConfigError, fault
 
-__all__ = ["config_to_dict", "load_config", "parse_config", "with_absolute_paths"]
+__all__ = [
+    "config_to_dict",
+    "load_config",
+    "parse_config",
+    "read_yaml",
+    "unknown_names",
+    "with_absolute_paths",
+]
 
 _Sections = dict[str, dict[str, Any]]
 
@@ -34,7 +41,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
         ConfigError: The file cannot be read, or any setting in it is at fault; the
             message has one line for every fault.
     """
-    sections = _read(Path(path))
+    sections = read_yaml(Path(path))
     faults = [line for text in overrides for line in _override(sections, text)]
     if faults:
         raise ConfigError("\n".join(faults))
@@ -50,7 +57,7 @@ def parse_config(sections: Mapping[str, Any]) -> Config:
     faults: list[str] = []
     built: dict[str, Any] = {}
     hints = get_type_hints(Config)
-    faults += _unknown(sections, list(hints), prefix="", what="section")
+    faults += unknown_names(sections, list(hints), prefix="", what="section")
     for field in dataclasses.fields(Config):
         if field.name in sections or _required(field):
             values = sections.get(field.name)
@@ -142,25 +149,33 @@ for _tag, _words, _first in (
     )
 
 
-def _read(path: Path) -> _Sections:
-    """Returns the sections of a YAML file."""
+def read_yaml(path: Path, *, field: str = "config") -> dict[str, Any]:
+    """Reads a YAML file of sections: anchors and tags are refused, numbers stay text.
+
+    Args:
+        path: The file.
+        field: What it is called where it is at fault.
+
+    Raises:
+        ConfigError: It cannot be read, or is no mapping.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not a text file"
         raise ConfigError(
-            fault("config", path, f"cannot be read ({reason})", "give a YAML file")
+            fault(field, path, f"cannot be read ({reason})", "give a YAML file")
         ) from error
     try:
         content = yaml.load(text, Loader=_PlainLoader)  # noqa: S506, RUF100
     except yaml.YAMLError as error:
         reason = " ".join(str(error).split())
         raise ConfigError(
-            fault("config", path, f"is not valid YAML ({reason})", "mend that line")
+            fault(field, path, f"is not valid YAML ({reason})", "mend that line")
         ) from error
     if not isinstance(content, dict):
         raise ConfigError(
-            fault("config", path, "has no sections", "see configs/ for examples")
+            fault(field, path, "has no sections", "see configs/ for examples")
         )
     return content
 
@@ -191,7 +206,7 @@ def _section(name: str, section: type, values: Any) -> tuple[Any, list[str]]:
         rule = "must be a mapping of keys to values"
         return None, [fault(name, values, rule, "indent its keys under it")]
     hints = get_type_hints(section, include_extras=True)
-    faults = _unknown(values, list(hints), prefix=f"{name}.", what="key")
+    faults = unknown_names(values, list(hints), prefix=f"{name}.", what="key")
     built = {}
     for field in dataclasses.fields(section):
         full_name = f"{name}.{field.name}"
@@ -215,7 +230,7 @@ def _required(field: "dataclasses.Field[Any]") -> bool:
     return field.default is missing and field.default_factory is missing
 
 
-def _unknown(
+def unknown_names(
     values: Mapping[str, Any], known: list[str], *, prefix: str, what: str
 ) -> list[str]:
     """Returns a fault for every name that no field has, with the nearest known."""

@@ -12,7 +12,7 @@ from dpsgd.config import config_to_dict, load_config, parse_config, schema
 from dpsgd.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
 
 def sections(**changes: Any) -> dict[str, dict[str, Any]]:
