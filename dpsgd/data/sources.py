@@ -1,7 +1,12 @@
 """Where images come from: a registry of sources, and the two that need no files."""
 
 import difflib
-from collections.abc import Callable, Mapping
+import fcntl
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -93,10 +98,24 @@ def load_torchvision(config: DataConfig) -> DataSplits:
             else "choose one, or another data.source",
         )
         raise ConfigError(message)
-    return DataSplits(
-        train=_load_torchvision_split(config.name, config.root, is_train=True),
-        test=_load_torchvision_split(config.name, config.root, is_train=False),
-    )
+    with _alone_in(config.root):
+        return DataSplits(
+            train=_load_torchvision_split(config.name, config.root, is_train=True),
+            test=_load_torchvision_split(config.name, config.root, is_train=False),
+        )
+
+
+@contextmanager
+def _alone_in(root: str) -> Iterator[None]:
+    """Lets other processes of this machine, such as runs of a sweep, wait meanwhile.
+
+    Two that download to one folder at once would each unpack what the other writes.
+    """
+    digest = hashlib.sha256(os.path.abspath(root).encode()).hexdigest()[:16]
+    path = os.path.join(tempfile.gettempdir(), f"dpsgd-{os.getuid()}-{digest}.lock")
+    with open(path, "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _load_torchvision_split(name: str, root: str, *, is_train: bool) -> ImageDataset:

@@ -1,5 +1,7 @@
 import hashlib
 import pickle
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -134,3 +136,25 @@ def test_an_unknown_name_is_refused_with_the_nearest(
 ) -> None:
     with pytest.raises(ConfigError, match=rf"data\.name=.*must be one of.*{remedy}"):
         load_datasets(DataConfig(source="torchvision", name=name))
+
+
+def test_processes_of_one_machine_do_not_download_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unpack(root: str, **_: object) -> None:
+        with (tmp_path / "now").open("x"):  # fails if another is at it
+            time.sleep(0.1)
+        (tmp_path / "now").unlink()
+        raise OSError("offline")
+
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", unpack)
+    config = DataConfig(source="torchvision", name="cifar10", root=str(tmp_path))
+
+    def load(_: int) -> str:
+        with pytest.raises(DataError) as error:
+            load_datasets(config)
+        return str(error.value)
+
+    with ThreadPoolExecutor(3) as pool:
+        messages = list(pool.map(load, range(3)))
+    assert all("offline" in message for message in messages)
