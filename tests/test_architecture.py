@@ -14,6 +14,7 @@ LAYERS = {
     **dict.fromkeys(["data", "models", "privacy"], 1),
     **dict.fromkeys(["clipping", "optim"], 2),
     **dict.fromkeys(["evaluate", "checkpoint", "report", "planning"], 3),
+    "sweep": 4,
     "train": 4,
     "gradient_engine": 4,
     "resumption": 4,

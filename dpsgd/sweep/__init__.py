@@ -1,0 +1,1 @@
+"""Many runs over chosen settings: each a process of its own, all of them resumable."""
