@@ -16,7 +16,7 @@ import yaml
 from dpsgd.errors import ConfigError, fault
 from dpsgd.report.metrics import read_metrics
 from dpsgd.report.outcomes import Comparison, compare
-from dpsgd.report.run_directory import RunDirectory
+from dpsgd.report.run_directory import FORMAT, RunDirectory
 
 __all__ = ["EvaluationLine", "RunRecord", "read_evaluations", "read_run"]
 
@@ -193,16 +193,22 @@ def read_run(path: Path) -> RunRecord:
         path: Folder that bin/dpsgd-train made.
 
     Raises:
-        ConfigError: It holds no run, or a file of it is damaged.
+        ConfigError: It holds no run, a file of it is damaged, or it was written by a
+            newer version of dpsgd.
     """
     directory = RunDirectory(path)
     directory.require()
+    plan = _read(directory.plan, json.loads)
+    written = _number(plan.get("format"))
+    if written is not None and written > FORMAT:
+        rule = f"has format {written:g}, and this version of dpsgd reads up to {FORMAT}"
+        raise ConfigError(fault("run_dir", path, rule, "update dpsgd"))
     lines = read_metrics(directory.metrics)
     return RunRecord(
         name=path.resolve().name,
         path=path,
         settings=_read(directory.config, yaml.safe_load),
-        plan=_read(directory.plan, json.loads),
+        plan=plan,
         result=_read(directory.report, json.loads),
         environment=_read(directory.environment, json.loads),
         evaluations=_evaluations(lines),

@@ -3,7 +3,7 @@ import math
 from pathlib import Path
 
 import pytest
-from made_up_runs import ENVIRONMENT, PARQUET, evaluation, result, write_run
+from made_up_runs import ENVIRONMENT, PARQUET, PLAN, evaluation, result, write_run
 
 from dpsgd.errors import ConfigError
 from dpsgd.report import read_run
@@ -149,6 +149,13 @@ def test_a_damaged_file_is_told(tmp_path: Path) -> None:
         read_run(folder)
     with pytest.raises(ConfigError, match="holds no run"):
         read_run(tmp_path)
+
+
+def test_a_run_of_a_newer_version_is_refused(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", plan={**PLAN, "format": 99})
+
+    with pytest.raises(ConfigError, match=r"has format 99, .*; update dpsgd"):
+        read_run(folder)
 
 
 def test_a_file_that_holds_something_else_is_as_if_it_was_empty(tmp_path: Path) -> None:
