@@ -1,25 +1,33 @@
-"""The benchmarks of kernels run where there is no GPU, too."""
+"""The benchmarks run where there is no GPU, too."""
 
 import importlib.util
 import json
+import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from small_runs import ROOT
 
 
-def test_every_operator_is_timed_and_right(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = ROOT / "benchmarks" / "kernels.py"
-    spec = importlib.util.spec_from_file_location("benchmarks_of_kernels", path)
+def benchmark_of(name: str) -> Any:
+    """A script of benchmarks/, as a module."""
+    path = ROOT / "benchmarks" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"benchmark_of_{name}", path)
     assert spec is not None
     assert spec.loader is not None
     benchmark = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(benchmark)
+    return benchmark
+
+
+def test_every_operator_is_timed_and_right(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    benchmark = benchmark_of("kernels")
     saved = tmp_path / "kernels.json"
-    arguments = [str(path), "--device", "cpu", "--save", str(saved)]
+    arguments = ["kernels", "--device", "cpu", "--save", str(saved)]
     monkeypatch.setattr(sys, "argv", arguments)
     benchmark.main()
 
@@ -31,3 +39,18 @@ def test_every_operator_is_timed_and_right(
         assert row["milliseconds"] > 0
         # Float32 sums of some hundred terms, and normals of float32 angles.
         assert row["error"] < 5e-6
+
+
+def test_curves_are_drawn_beside_their_metrics(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "cifar10_wrn16-4_eps8_h100"
+    metrics = tmp_path / f"{name}.jsonl"
+    shutil.copy(ROOT / "benchmarks" / "results" / metrics.name, metrics)
+    monkeypatch.setattr(sys, "argv", ["curves", str(metrics)])
+    benchmark_of("curves").main()
+
+    for quantity in ("accuracy", "epsilon"):
+        drawn = f"{name}_{quantity}.svg"
+        assert (tmp_path / drawn).read_text().startswith("<svg ")
+        assert (ROOT / "benchmarks" / "results" / drawn).is_file()
