@@ -1,6 +1,7 @@
 import contextlib
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,10 @@ from small_runs import ROOT
 
 from dpsgd.cli import privacy, train
 from dpsgd.config import load_config
+from dpsgd.sweep.plan import read_sweep
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+SWEEPS = sorted((ROOT / "configs" / "sweeps").glob("*.yaml"))
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PATHS = re.compile(r"\b(?:bin|configs|examples|docs|dpsgd|benchmarks)/[\w./-]*\w")
 TARGETS = re.compile(r"\bmake ((?:[a-z-]+)(?:[ \t]+[a-z-]+)*)")
@@ -90,6 +93,65 @@ def test_the_name_of_a_config_tells_its_settings(path: Path) -> None:
         assert config.privacy.target_epsilon == epsilon
     else:
         assert path.stem == config.data.source
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
+def test_every_sweep_is_read_and_its_header_says_what_it_takes(path: Path) -> None:
+    text = path.read_text()
+    header = text[: text.index("\nconfig:")]
+    plan = read_sweep(path)
+
+    assert all(line.startswith("#") for line in header.splitlines())
+    assert f"bin/dpsgd-sweep configs/sweeps/{path.name}" in header
+    assert f"{len(plan.runs)} runs" in header
+    for word in ("Budget:", "Measured:"):
+        assert word in header
+
+
+def test_small_batches_have_the_noise_of_the_large_one_for_each_example() -> None:
+    plan = read_sweep(ROOT / "configs" / "sweeps" / "cifar10_small_batch.yaml")
+    privacy = [run.config.privacy for run in plan.runs]
+    ratios = {one.noise_multiplier / one.expected_batch_size for one in privacy}
+
+    # Epsilon 8 takes 2.56281 at 4,096; six digits of each noise are written down.
+    assert max(ratios) == pytest.approx(2.56281 / 4096, rel=1e-5)
+    assert min(ratios) == pytest.approx(max(ratios), rel=1e-5)
+    assert len({run.config.train.num_steps for run in plan.runs}) == 1
+
+
+def test_the_ladder_ends_with_the_whole_recipe() -> None:
+    plan = read_sweep(ROOT / "configs" / "sweeps" / "cifar10_ablation.yaml")
+
+    assert plan.runs[-1].config == load_config(plan.base)
+    assert {run.config.privacy.target_epsilon for run in plan.runs} == {8}
+
+
+def test_results_are_listed_with_the_settings_of_their_configs() -> None:
+    text = (ROOT / "docs" / "results.md").read_text()
+    rows = re.findall(
+        r"^\| WRN-(\d+)-(\d+) \| (\d+) \| ([\d,]+) \|.*\(\.\./(configs/.*)\)",
+        text,
+        re.M,
+    )
+
+    assert {Path(row[-1]).stem for row in rows} == {
+        path.stem for path in CONFIGS if path.stem.startswith("cifar10")
+    }
+    for depth, width, epsilon, steps, name in rows:
+        config = load_config(ROOT / name)
+        assert config.train.num_steps == int(steps.replace(",", ""))
+        assert config.privacy.target_epsilon == int(epsilon)
+        assert (config.model.depth, config.model.width) == (int(depth), int(width))
+
+
+def test_the_sweep_that_is_explained_can_be_read(tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "sweeps.md").read_text()
+    (example,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    (tmp_path / "sweeps").mkdir()
+    shutil.copy(ROOT / "configs" / "digits.yaml", tmp_path)
+    (tmp_path / "sweeps" / "example.yaml").write_text(example)
+
+    assert len(read_sweep(tmp_path / "sweeps" / "example.yaml").runs) == 12
 
 
 def commands_of(text: str) -> list[list[str]]:
