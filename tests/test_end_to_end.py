@@ -32,7 +32,7 @@ def test_the_custom_loop_learns_within_its_budget() -> None:
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=300,
         env={**os.environ, "OMP_NUM_THREADS": "2"},
     )
 
