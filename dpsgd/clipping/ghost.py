@@ -8,7 +8,7 @@ autograd returns their per-sample gradients.
 """
 
 from collections import Counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,6 +31,18 @@ __all__ = ["GhostClippedGrad"]
 _REMEDY = "take runtime.engine=vmap"
 
 
+class _Discovery(NamedTuple):
+    """What the backward pass of one example told.
+
+    Attributes:
+        unrecorded: Names of parameters for which autograd itself returns a gradient.
+        images: The number of images in each record, in the order of the pass.
+    """
+
+    unrecorded: frozenset[str]
+    images: tuple[int, ...]
+
+
 class GhostClippedGrad(RecordedClippedGrad):
     """Takes norms without storing what is dear to store.
 
@@ -51,7 +63,7 @@ class GhostClippedGrad(RecordedClippedGrad):
         if self.execution == "compile":
             rule = "the ghost engine records layers, which torch.compile cannot follow"
             raise ValueError(fault("runtime.execution", "compile", rule, _REMEDY))
-        self._expanded: dict[tuple[str, ...], frozenset[str]] = {}
+        self._known: dict[tuple[str, ...], _Discovery] = {}
 
     def accumulate(
         self, clipped_sum: Params, params: Params, *batch: Tensor, mask: Tensor
@@ -74,16 +86,18 @@ class GhostClippedGrad(RecordedClippedGrad):
     ) -> tuple[ExampleGrads, Tensor]:
         """Takes the backward pass and chooses a rule for every layer."""
         names = tuple(params)
-        if names not in self._expanded:
-            self._expanded[names] = self._unrecorded(params, *batch)
-        grads, records, losses = self._backward(params, self._expanded[names], *batch)
+        if names not in self._known:
+            self._known[names] = self._discover(params, *batch)
+        known = self._known[names]
+        grads, records, losses = self._backward(params, known.unrecorded, *batch)
+        _check_images(params, records, known.images, num_examples=len(losses))
         rows = [
             (params[name], grad) for name, grad in grads.items() if grad is not None
         ]
         return _LayerByLayer(params, _layers(records, rows, len(losses))), losses
 
-    def _unrecorded(self, params: Params, *batch: Tensor) -> frozenset[str]:
-        """Returns the parameters for which autograd itself returns a gradient.
+    def _discover(self, params: Params, *batch: Tensor) -> "_Discovery":
+        """Returns what a backward pass of one example records, and what it does not.
 
         Raises:
             ValueError: One of them is recorded as well, or a record is of none.
@@ -101,7 +115,7 @@ class GhostClippedGrad(RecordedClippedGrad):
             if name in unrecorded:
                 rule = "is used outside of the layers that record it, too"
                 raise ValueError(fault("params", name, rule, _REMEDY))
-        return frozenset(unrecorded)
+        return _Discovery(frozenset(unrecorded), tuple(map(_num_images, records)))
 
     def _backward(
         self, params: Params, expanded: frozenset[str], *batch: Tensor
@@ -172,6 +186,44 @@ def _leaves_of(record: Record) -> tuple[Tensor, ...]:
     if isinstance(record, ConvRecord) and record.standardization is not None:
         leaves = (record.weight, record.standardization.gain)
     return tuple(leaf for leaf in leaves if leaf.requires_grad)
+
+
+def _num_images(record: Record) -> int:
+    """Returns N, of how many images a record is made."""
+    return len(record.grads if isinstance(record, RowsRecord) else record.x)
+
+
+def _check_images(
+    params: Params,
+    records: list[Record],
+    images: tuple[int, ...],
+    *,
+    num_examples: int,
+) -> None:
+    """Checks that every record holds the images of each example apart.
+
+    A layer whose inputs do not depend on the example runs once for all, and its
+    gradients come summed over examples: no per-sample norm is left in them.
+
+    Args:
+        params: Parameters.
+        records: Of the backward pass of all examples.
+        images: The number in each record of one example's pass.
+        num_examples: M.
+
+    Raises:
+        ValueError: A record holds other than M times the images of one example.
+    """
+    if len(records) != len(images):
+        rule = f"must be as many layers as of one example, {len(images)}"
+        raise ValueError(fault("num_records", len(records), rule, _REMEDY))
+    names = _names_by_address(params)
+    for record, one in zip(records, images, strict=True):
+        if _num_images(record) == one * num_examples:
+            continue
+        for leaf in _leaves_of(record):
+            rule = "is used by a layer whose inputs do not depend on the example"
+            raise ValueError(fault("params", names[leaf.data_ptr()], rule, _REMEDY))
 
 
 def _layers(

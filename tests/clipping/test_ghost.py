@@ -204,6 +204,23 @@ def test_a_layer_whose_parameter_is_computed_is_refused(tiny_network: Network) -
         grad_fn(moved(model), *batch())
 
 
+@pytest.mark.parametrize("width", [1, M])
+def test_a_layer_that_runs_once_for_all_examples_is_refused(
+    tiny_network: Network, width: int
+) -> None:
+    model = tiny_network()
+    loss_fn = per_example_loss(model)
+    # As many public images as examples would divide evenly among them.
+    public = torch.randn(width, *SHAPE)
+
+    def guided(params: Params, views: Tensor, label: Tensor) -> Tensor:
+        return loss_fn(params, views, label) + loss_fn(params, public, label * 0)
+
+    grad_fn = clipped_grad(guided, clipping_norm=1.0, engine="ghost")
+    with pytest.raises(ValueError, match=r"params=\S+: .*depend on the example"):
+        grad_fn(moved(model), *batch())
+
+
 def test_frozen_parameters_are_constants(tiny_network: Network) -> None:
     model = tiny_network()
     for name, leaf in model.named_parameters():
@@ -236,7 +253,8 @@ def test_it_is_not_compiled() -> None:
 def aligned_with_unit_weights() -> ConvRecord:
     """One example whose gradient is almost a multiple of the unit weights."""
     layer = Conv2d(2, 3, kernel_size=1)
-    nn.init.normal_(layer.weight)
+    rows = torch.tensor([[1.0, -1.0], [-0.5, 1.5], [2.0, 0.5]])
+    layer.weight = nn.Parameter(rows[:, None, None])  # (O, 1, 1, I)
     nn.init.ones_(layer.gain)
     _, how = standardize_reference(
         layer.weight.detach(), layer.gain.detach(), torch.float32
