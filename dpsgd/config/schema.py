@@ -129,6 +129,11 @@ class ModelConfig:
     compute_dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     """Type of activations. Parameters, norms, sums and noise are float32 or wider."""
 
+    stride_padding: Literal["symmetric", "same"] = "symmetric"
+    """Where a convolution with a stride pads: half a kernel on every side, or, as JAX's
+    SAME, no more than the stride needs and the odd pixel last. Weights that were
+    trained with one are worth less with the other."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PrivacyConfig:

@@ -47,6 +47,7 @@ class ConvNet(nn.Module):
                     kernel_size=3,
                     stride=stride,
                     standardized=config.weight_standardization,
+                    stride_padding=config.stride_padding,
                 ),
                 activation_and_norm(channels, config),
             ]

@@ -109,6 +109,8 @@ class Conv2d(Layer):
         stride: Step between output positions.
         groups: Parts into which channels are divided; each sees its own inputs only.
         standardized: Standardise the weights and learn a gain a output channel.
+        stride_padding: Of a convolution with a stride: `symmetric`, half a kernel on
+            every side, or `same`, what JAX's SAME adds.
     """
 
     gain: nn.Parameter | None
@@ -122,9 +124,12 @@ class Conv2d(Layer):
         stride: int = 1,
         groups: int = 1,
         standardized: bool = True,
+        stride_padding: str = "symmetric",
     ) -> None:
         super().__init__()
-        self.geometry = ConvGeometry(kernel_size, stride, kernel_size // 2, groups)
+        self.pads_as_jax = stride > 1 and stride_padding == "same"
+        padding = 0 if self.pads_as_jax else kernel_size // 2
+        self.geometry = ConvGeometry(kernel_size, stride, padding, groups)
         # Input channels last: the layout of the fastest per-sample gradients.
         shape = (out_channels, kernel_size, kernel_size, in_channels // groups)
         self.weight = nn.Parameter(torch.empty(shape))
@@ -145,8 +150,23 @@ class Conv2d(Layer):
 
     def forward(self, x: Tensor) -> Addends:
         """Maps (K, I, H, W) to (K, O, H/stride, W/stride), in the type of `x`."""
+        if self.pads_as_jax:
+            x = self._padded(x)
         images = standardized_conv2d(x, self.weight, self.gain, self.geometry)
         return Addends(images, (self.bias,))
+
+    def _padded(self, x: Tensor) -> Tensor:
+        """Adds the zeros that the last output position lacks, the odd one at the end.
+
+        Source: SAME of jax.lax.padtype_to_pads.
+        """
+        pads = []
+        kernel_size, stride, *_ = self.geometry
+        for size in (x.shape[-1], x.shape[-2]):
+            covered = (-(-size // stride) - 1) * stride + kernel_size
+            missing = max(0, covered - size)
+            pads += [missing // 2, missing - missing // 2]
+        return F.pad(x, pads)
 
 
 class ActivationNorm(Layer):

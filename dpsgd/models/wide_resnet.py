@@ -4,8 +4,8 @@ Source: Zagoruyko and Komodakis 2016 (arXiv:1605.07146), with the changes of De 
 2022 (arXiv:2204.13650): group normalisation after the activation, weight
 standardisation, and a projection in the first block of every stage.
 
-One difference from the published JAX code: a stride-2 convolution pads one pixel on
-each side, where JAX's SAME pads only after the last row and column.
+A stride-2 convolution pads one pixel on each side, where the published JAX code pads
+only after the last row and column; `model.stride_padding=same` does as it does.
 """
 
 from collections.abc import Callable
@@ -92,6 +92,7 @@ class WideResNet(nn.Module):
         num_classes: Outputs.
         build_activation: Builds activation and norm for a number of channels.
         standardized: Whether convolutions standardise their weights.
+        stride_padding: Where stride-2 convolutions pad, as for `Conv2d`.
         compute_dtype: Type that images are cast to, and so of all activations.
     """
 
@@ -104,10 +105,11 @@ class WideResNet(nn.Module):
         num_classes: int,
         build_activation: _Pair,
         standardized: bool,
+        stride_padding: str,
         compute_dtype: torch.dtype,
     ) -> None:
         super().__init__()
-        conv = partial(Conv2d, standardized=standardized)
+        conv = partial(Conv2d, standardized=standardized, stride_padding=stride_padding)
         self.compute_dtype = compute_dtype
         self.stem = conv(in_channels, _STEM_CHANNELS, kernel_size=3)
         channels = _STEM_CHANNELS
@@ -168,5 +170,6 @@ def build_wide_resnet(
         num_classes=num_classes,
         build_activation=partial(activation_and_norm, config=config),
         standardized=config.weight_standardization,
+        stride_padding=config.stride_padding,
         compute_dtype=getattr(torch, config.compute_dtype),
     )

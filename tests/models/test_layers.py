@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from scipy import stats
 from torch import nn
 
@@ -88,6 +89,26 @@ def test_convolution_is_torchs_with_standardised_weights() -> None:
 
     torch.testing.assert_close(layer(x).total(), expected, rtol=1e-12, atol=1e-12)
     assert layer(x).total().shape == (2, 4, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("size", "kernel_size", "stride", "before", "after"),
+    [(8, 3, 2, 0, 1), (7, 3, 2, 1, 1), (8, 3, 1, 1, 1), (8, 1, 2, 0, 0)],
+)
+def test_padding_is_that_of_jax_on_request(
+    size: int, kernel_size: int, stride: int, before: int, after: int
+) -> None:
+    layer = Conv2d(
+        *(2, 3), kernel_size=kernel_size, stride=stride, stride_padding="same"
+    )
+    drawn(layer)
+    x = random(1, 2, size, size).float()
+    pads = (before, after, before, after)
+    kernel = standardize(layer.weight, layer.gain).permute(0, 3, 1, 2)
+    expected = F.conv2d(F.pad(x, pads), kernel, layer.bias, stride=stride)
+
+    assert expected.shape[-1] == math.ceil(size / stride)
+    torch.testing.assert_close(layer(x).total(), expected)
 
 
 def test_convolution_without_standardisation_has_no_gain() -> None:
