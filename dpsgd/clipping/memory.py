@@ -56,23 +56,31 @@ def measure_microbatch(
     """Counts the memory of the vmap engine.
 
     Args:
-        model: Network whose parameters are on the meta device.
+        model: Network whose parameters are on the meta device. Frozen ones have no
+            gradients; the activations that a backward pass would need are counted
+            all the same, because a forward pass holds some of them.
         image_shape: (C, H, W) of one image.
         num_views: Views K of each example.
         device: Type of the device that is planned for, `cpu` or `cuda`.
         compute_dtype: Type of the activations.
     """
-    params = {name: leaf.detach() for name, leaf in model.named_parameters()}
+    leaves = dict(model.named_parameters())
+    params = {name: leaf.detach() for name, leaf in leaves.items()}
     one, two = (
         _saved_bytes(model, params, (count * num_views, *image_shape))
         for count in (1, 2)
     )
-    grads = _FLOAT32_BYTES * num_elements(params)
+    trained = {
+        name: leaf for name, leaf in model.named_parameters() if leaf.requires_grad
+    }
+    trained = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
+    grads = _FLOAT32_BYTES * num_elements(trained)
+    frozen = _FLOAT32_BYTES * num_elements(params) - grads
     share, copies = _CPU_SHARE, _CPU_COPIES
     if device == "cuda":
         share, copies = _CUDA_SHARES[compute_dtype.itemsize], _CUDA_COPIES
     per_example = int(share * (two - one)) + copies * grads
-    return MicrobatchMemory(fixed=5 * grads, per_example=per_example)
+    return MicrobatchMemory(fixed=5 * grads + frozen, per_example=per_example)
 
 
 def _saved_bytes(

@@ -14,13 +14,22 @@ from dpsgd.errors import ConfigError, fault
 from dpsgd.models.compatibility import check_model
 from dpsgd.models.convnet import build_convnet
 from dpsgd.models.layers import initialize
+from dpsgd.models.trainable import (
+    CLASSIFIER,
+    freeze,
+    frozen_tensors,
+    trainable_params,
+)
 from dpsgd.models.wide_resnet import build_wide_resnet
 from dpsgd.trees import Params
 
 __all__ = [
+    "CLASSIFIER",
     "MODELS",
     "build_model",
     "check_model",
+    "freeze",
+    "frozen_tensors",
     "initialize",
     "per_example_loss",
     "per_user_loss",
@@ -29,7 +38,10 @@ __all__ = [
 
 
 class ModelBuilder(Protocol):
-    """Builds one architecture; the parameters are drawn by `initialize`."""
+    """Builds one architecture; the parameters are drawn by `initialize`.
+
+    The last layer is the module `classifier`: what it is given are the features.
+    """
 
     def __call__(
         self,
@@ -67,15 +79,6 @@ def build_model(
         raise ConfigError(fault("model.name", config.name, "unknown model", remedy))
     build = MODELS[config.name]
     return build(config, image_shape=image_shape, num_classes=num_classes)
-
-
-def trainable_params(model: nn.Module) -> Params:
-    """Returns the trainable parameters by name, detached from the module."""
-    return {
-        name: leaf.detach()
-        for name, leaf in model.named_parameters()
-        if leaf.requires_grad
-    }
 
 
 def per_example_loss(model: nn.Module) -> Callable[[Params, Tensor, Tensor], Tensor]:

@@ -21,12 +21,12 @@ _REFUSED: tuple[tuple[type, str, str], ...] = (
         _BatchNorm,
         "normalises with statistics of other examples, so no bound on one example's "
         "gradient bounds its influence",
-        "use GroupNorm",
+        "use GroupNorm, or freeze public statistics with eval()",
     ),
     (
         _DropoutNd,
         "draws from a random stream that is not the run's, so a resumed run differs",
-        "remove it",
+        "remove it, or switch it off with eval()",
     ),
     (LazyModuleMixin, "has no parameters before its first batch", "give its sizes"),
 )
@@ -37,8 +37,12 @@ _ROUNDING = 0.05
 def check_model(model: nn.Module, image_shape: tuple[int, int, int]) -> None:
     """Raises if a network mixes examples or keeps running statistics.
 
+    Batch normalisation and dropout in evaluation mode are accepted: the one uses fixed
+    statistics, which must be public, and the other does nothing.
+
     Args:
-        model: Network in training mode, which maps (K, C, H, W) to (K, classes).
+        model: Network in the mode in which it will be trained, which maps (K, C, H, W)
+            to (K, classes).
         image_shape: (C, H, W) of one image.
 
     Raises:
@@ -55,6 +59,8 @@ def check_model(model: nn.Module, image_shape: tuple[int, int, int]) -> None:
 def _faults(name: str, module: nn.Module) -> list[str]:
     """Returns why a module is refused, by its type."""
     label = f"{name or 'model'}={type(module).__name__}"
+    if _is_fixed(module):
+        return []
     if isinstance(module, _InstanceNorm) and not isinstance(module, LazyModuleMixin):
         if not module.track_running_stats:
             return []
@@ -65,6 +71,15 @@ def _faults(name: str, module: nn.Module) -> list[str]:
         for kind, rule, remedy in _REFUSED
         if isinstance(module, kind)
     ]
+
+
+def _is_fixed(module: nn.Module) -> bool:
+    """Returns whether evaluation mode makes a constant map of what would be refused."""
+    if isinstance(module, LazyModuleMixin) or module.training:
+        return False
+    if isinstance(module, _BatchNorm | _InstanceNorm):
+        return module.running_mean is not None
+    return isinstance(module, _DropoutNd)
 
 
 def _seen_in_a_forward_pass(
