@@ -2,14 +2,13 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
 
-from dpsgd.checkpoint import Checkpoint, CheckpointStore, differences
+from dpsgd.checkpoint import Checkpoint, CheckpointStore
 from dpsgd.clipping import clipping_slack
 from dpsgd.config import Config
 from dpsgd.data import (
@@ -25,17 +24,20 @@ from dpsgd.data import (
     place,
     published_facts,
 )
-from dpsgd.errors import CheckpointError, ConfigError, DataError, fault
+from dpsgd.errors import ConfigError, DataError, fault
 from dpsgd.evaluate import Evaluation, evaluate
 from dpsgd.gradient_engine import build_gradient_engine, execution_of
 from dpsgd.models import (
     build_model,
     check_model,
+    freeze,
+    frozen_tensors,
     initialize,
     trainable_params,
 )
 from dpsgd.optim import Optimizer, SecureNoise
-from dpsgd.planning import Plan, make_plan
+from dpsgd.persistence import check_shapes, restore_state, save_state
+from dpsgd.planning import Plan, make_plan, outline
 from dpsgd.privacy import DPSGDMechanism, PrivacyLedger
 from dpsgd.resumption import (
     arithmetic_of,
@@ -47,19 +49,11 @@ from dpsgd.resumption import (
 from dpsgd.rng import RandomStreams
 from dpsgd.train import Run, TrainState
 from dpsgd.trees import Params, num_elements
+from dpsgd.weights import Initialization, fit, read_weights
 
 __all__ = ["assemble", "evaluator", "load_network", "plan_of"]
 
 _EVALUATION_BATCH = 500
-# What a state counts, as opposed to the tensors that it trains.
-_COUNTS = (
-    "step",
-    "best_accuracy",
-    "train_seconds",
-    "timed_steps",
-    "timed_seconds",
-    "wall_seconds",
-)
 
 
 def plan_of(config: Config) -> Plan:
@@ -71,7 +65,8 @@ def plan_of(config: Config) -> Plan:
     facts = published_facts(config.data)
     if facts is None:
         facts = _facts(config, load_datasets(config.data))
-    return make_plan(config, _with_classes(config, facts))
+    facts = _with_classes(config, facts)
+    return make_plan(config, facts, initialization=_initialization(config, facts))
 
 
 def assemble(
@@ -100,24 +95,19 @@ def assemble(
         mechanism = DPSGDMechanism.from_dict(checkpoint.facts["mechanism"])
         config = _with_microbatch_size(config, checkpoint)
     facts = _with_classes(config, _facts(config, splits))
-    plan = make_plan(config, facts, mechanism=mechanism)
-    arithmetic = arithmetic_of(plan, config)
-    streams = RandomStreams.from_seed(config.train.seed)
-    if checkpoint is not None:
-        check_mechanism(config, plan)
-        streams = continued_streams(
-            checkpoint, arithmetic=arithmetic, shown_step=shown_step
-        )
+    start = _initialization(config, facts, checkpoint)
+    plan = make_plan(config, facts, mechanism=mechanism, initialization=start)
+    streams = _streams(config, plan, checkpoint, shown_step)
     model = _network(config, facts, splits)
-    initialize(model, streams.generator("init"))
-    check_model(model, facts.image_shape)
-    model.to(plan.device)
+    _begin(model, config, plan, streams)
+    frozen = frozen_tensors(model)
     state = _initial_state(config, trainable_params(model))
     if checkpoint is not None:
-        _restore(state, checkpoint)
+        restore_state(state, frozen, checkpoint)
     constants = {
         **identity,
-        "arithmetic": arithmetic,
+        "initialization": start and start.to_dict(),
+        "arithmetic": arithmetic_of(plan, config),
         "mechanism": plan.mechanism.to_dict(),
         "streams": streams.to_dict(),
     }
@@ -125,7 +115,8 @@ def assemble(
         config=config,
         mechanism=plan.mechanism,
         streams=streams,
-        save=partial(_save, store, constants=constants),
+        frozen=frozen,
+        save=partial(save_state, store, frozen=frozen, constants=constants),
         keep_best=store.mark_best,
         evaluate=evaluator(config, splits, model, facts.class_names, plan.device),
         ledger=_ledger(config, plan),
@@ -153,7 +144,7 @@ def load_network(
     """
     facts = _with_classes(config, _facts(config, splits))
     model = _network(config, facts, splits)
-    _check_shapes("weights", params, trainable_params(model))
+    check_shapes("weights", params, model.state_dict())
     return model.to(device), facts.class_names
 
 
@@ -163,6 +154,40 @@ def _network(config: Config, facts: PublicFacts, splits: DataSplits) -> nn.Modul
     return build_model(
         config.model, image_shape=facts.image_shape, num_classes=facts.num_classes
     )
+
+
+def _initialization(
+    config: Config, facts: PublicFacts, checkpoint: Checkpoint | None = None
+) -> Initialization | None:
+    """Returns what the network starts from, whose values a checkpoint has already."""
+    if config.model.init_from is None:
+        return None
+    if checkpoint is not None:
+        return Initialization.from_dict(checkpoint.facts["initialization"])
+    return fit(read_weights(config.model), outline(config, facts), config)
+
+
+def _streams(
+    config: Config, plan: Plan, checkpoint: Checkpoint | None, shown_step: int
+) -> RandomStreams:
+    """Returns new streams, or those with which a checkpoint's run goes on."""
+    if checkpoint is None:
+        return RandomStreams.from_seed(config.train.seed)
+    check_mechanism(config, plan)
+    arithmetic = arithmetic_of(plan, config)
+    return continued_streams(checkpoint, arithmetic=arithmetic, shown_step=shown_step)
+
+
+def _begin(
+    model: nn.Module, config: Config, plan: Plan, streams: RandomStreams
+) -> None:
+    """Gives a network its first parameters, freezes it, and puts it on the device."""
+    initialize(model, streams.generator("init"))
+    if plan.initialization is not None:
+        plan.initialization.apply(model)
+    freeze(model, config.finetune.train)
+    check_model(model, plan.facts.image_shape)
+    model.to(plan.device)
 
 
 def _facts(config: Config, splits: DataSplits) -> PublicFacts:
@@ -307,46 +332,3 @@ def _with_microbatch_size(config: Config, checkpoint: Checkpoint) -> Config:
     saved = checkpoint.facts["arithmetic"]["microbatch_size"]
     runtime = dataclasses.replace(config.runtime, microbatch_size=saved)
     return dataclasses.replace(config, runtime=runtime)
-
-
-def _save(
-    store: CheckpointStore,
-    state: TrainState,
-    *,
-    constants: Mapping[str, Any],
-) -> None:
-    """Writes the checkpoint of a state, with what is constant in its run."""
-    tensors = {f"params/{name}": leaf for name, leaf in state.params.items()}
-    tensors |= {f"ema/{name}": leaf for name, leaf in (state.ema or {}).items()}
-    optimizer = state.optimizer.state()
-    tensors |= {f"optimizer/{name}": leaf for name, leaf in optimizer.items()}
-    counts = {name: getattr(state, name) for name in _COUNTS}
-    store.save(state.step, Checkpoint(tensors, {**constants, **counts}))
-
-
-def _restore(state: TrainState, checkpoint: Checkpoint) -> None:
-    """Puts a checkpoint's values into a fresh state, in place."""
-    groups: dict[str, Params] = {"params": {}, "ema": {}, "optimizer": {}}
-    for full_name, leaf in checkpoint.tensors.items():
-        group, _, name = full_name.partition("/")
-        groups[group][name] = leaf
-    for group, leaves in (("params", state.params), ("ema", state.ema or {})):
-        _check_shapes(group, groups[group], leaves)
-        for name, leaf in leaves.items():
-            leaf.copy_(groups[group][name])
-    state.optimizer.load_state(groups["optimizer"])
-    for name in _COUNTS:
-        setattr(state, name, checkpoint.facts[name])
-
-
-def _check_shapes(group: str, saved: Params, present: Params) -> None:
-    """Raises if saved leaves are not the network's."""
-    lines = differences(_shapes(saved), _shapes(present), f"{group}.")
-    if lines:
-        remedy = "use the network that the run began with"
-        raise CheckpointError("\n".join(f"{line}; {remedy}" for line in lines))
-
-
-def _shapes(params: Params) -> dict[str, list[int]]:
-    """Returns the shape of every leaf."""
-    return {name: list(leaf.shape) for name, leaf in params.items()}

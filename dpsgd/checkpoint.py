@@ -25,6 +25,7 @@ __all__ = [
     "Checkpoint",
     "CheckpointStore",
     "differences",
+    "is_ours",
     "read_tensors",
     "write_atomically",
     "write_tensors",
@@ -173,6 +174,16 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         rule = f"is missing or damaged ({' '.join(str(error).split())})"
         remedy = "delete it to go on from an older one, if there is one"
         raise CheckpointError(fault("checkpoint", path, rule, remedy)) from error
+
+
+def is_ours(path: Path) -> bool:
+    """Returns whether `write_tensors` wrote a safetensors file.
+
+    Raises:
+        SafetensorError: It is damaged.
+    """
+    with safe_open(path, framework="pt") as file:
+        return _HEADER in (file.metadata() or {})
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from dpsgd.clipping import MicrobatchMemory, measure_microbatch
 from dpsgd.config import Config
 from dpsgd.data import PublicFacts
 from dpsgd.errors import ConfigError, fault
-from dpsgd.models import build_model
+from dpsgd.models import build_model, freeze, trainable_params
 from dpsgd.privacy import (
     Accountant,
     DPSGDMechanism,
@@ -21,8 +22,9 @@ from dpsgd.privacy import (
     rounded_up,
 )
 from dpsgd.trees import num_elements
+from dpsgd.weights import Initialization
 
-__all__ = ["Plan", "build_mechanism", "choose_device", "make_plan"]
+__all__ = ["Plan", "build_mechanism", "choose_device", "make_plan", "outline"]
 
 _MEMORY_SHARE = 0.6
 _CPU_MICROBATCH_BYTES = 1 << 30
@@ -39,6 +41,8 @@ class Plan:
         accountant: Certifies epsilon.
         epsilon: Bounds on epsilon after all steps; the upper one is promised.
         num_parameters: Trainable scalars.
+        num_frozen: Scalars that stay as they are.
+        initialization: Weights that the network starts from; None draws all of them.
         memory: Bytes on the device.
         microbatch_size: Units, examples or users, a pass.
         device: Where.
@@ -49,6 +53,8 @@ class Plan:
     accountant: Accountant
     epsilon: EpsilonBound
     num_parameters: int
+    num_frozen: int
+    initialization: Initialization | None
     memory: MicrobatchMemory
     microbatch_size: int
     device: torch.device
@@ -77,7 +83,8 @@ class Plan:
             ("accountant", privacy.accountant),
             ("neighbours", f"{mechanism.adjacency} {mechanism.unit}"),
             ("network", f"{config.model.name}, {config.model.compute_dtype}"),
-            ("parameters", f"{self.num_parameters:,}"),
+            *(self.initialization.rows() if self.initialization else []),
+            ("parameters", self._parameters(config)),
             (
                 "microbatch",
                 f"{self.microbatch_size} {units}, about {needed:,.0f} MiB on "
@@ -93,6 +100,7 @@ class Plan:
 
     def to_dict(self, config: Config) -> dict[str, Any]:
         """Returns what plan.json keeps of it: public facts as plain values."""
+        start = self.initialization
         return {
             **self.mechanism.to_dict(),
             "adjacency": self.mechanism.adjacency,
@@ -103,9 +111,18 @@ class Plan:
             f"num_{self.mechanism.unit}s": self.facts.num_examples,
             "num_classes": self.facts.num_classes,
             "num_parameters": self.num_parameters,
+            "num_frozen": self.num_frozen,
+            "initialization": start.to_dict() if start is not None else None,
             "microbatch_size": self.microbatch_size,
             "device": str(self.device),
         }
+
+    def _parameters(self, config: Config) -> str:
+        """Returns how many parameters are trained, and which."""
+        if not self.num_frozen:
+            return f"{self.num_parameters:,}"
+        trained = f"{self.num_parameters:,} trained ({config.finetune.train})"
+        return f"{trained}, {self.num_frozen:,} frozen"
 
 
 def choose_device(name: str) -> torch.device:
@@ -180,7 +197,11 @@ def build_mechanism(
 
 
 def make_plan(
-    config: Config, facts: PublicFacts, *, mechanism: DPSGDMechanism | None = None
+    config: Config,
+    facts: PublicFacts,
+    *,
+    mechanism: DPSGDMechanism | None = None,
+    initialization: Initialization | None = None,
 ) -> Plan:
     """Says what a run will do.
 
@@ -188,15 +209,13 @@ def make_plan(
         config: Settings.
         facts: Public facts of the data set.
         mechanism: That of a checkpoint; None builds it from the settings.
+        initialization: Weights that the network starts from, if there are any.
 
     Raises:
         ConfigError: Settings and facts do not fit together.
     """
     device = choose_device(config.runtime.device)
-    with torch.device("meta"):
-        model = build_model(
-            config.model, image_shape=facts.image_shape, num_classes=facts.num_classes
-        )
+    model = outline(config, facts)
     memory = measure_microbatch(
         model,
         image_shape=facts.image_shape,
@@ -205,6 +224,7 @@ def make_plan(
         compute_dtype=getattr(torch, config.model.compute_dtype),
     )
     microbatch_size = _choose_microbatch_size(config, memory, device)
+    trained = trainable_params(model)
     accountant = build_accountant(config.privacy.accountant)
     if mechanism is None:
         mechanism = build_mechanism(config, facts.num_examples, accountant)
@@ -213,11 +233,27 @@ def make_plan(
         mechanism=mechanism,
         accountant=accountant,
         epsilon=accountant.epsilon([mechanism.phase()], mechanism.delta),
-        num_parameters=num_elements(dict(model.named_parameters())),
+        num_parameters=num_elements(trained),
+        num_frozen=num_elements(dict(model.named_parameters())) - num_elements(trained),
+        initialization=initialization,
         memory=memory,
         microbatch_size=microbatch_size,
         device=device,
     )
+
+
+def outline(config: Config, facts: PublicFacts) -> nn.Module:
+    """Returns the network without values, frozen as it will be.
+
+    Raises:
+        ConfigError: The architecture or the choice of parameters is refused.
+    """
+    with torch.device("meta"):
+        model = build_model(
+            config.model, image_shape=facts.image_shape, num_classes=facts.num_classes
+        )
+    freeze(model, config.finetune.train)
+    return model
 
 
 def _choose_microbatch_size(

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from dpsgd.checkpoint import Checkpoint, differences
-from dpsgd.config import Config, config_to_dict
+from dpsgd.config import Config, config_to_dict, with_absolute_paths
 from dpsgd.data import DataSplits
 from dpsgd.errors import CheckpointError, fault
 from dpsgd.planning import Plan, build_mechanism
@@ -37,7 +37,7 @@ _REMEDY = "go on with what the run began with, or start a new one"
 
 def identity_of(config: Config, splits: DataSplits) -> dict[str, Any]:
     """Returns what must be the same in every piece of a run."""
-    settings = config_to_dict(config)
+    settings = config_to_dict(with_absolute_paths(config))
     for section in _MAY_CHANGE:
         del settings[section]
     for key in _DATA_MAY_CHANGE:

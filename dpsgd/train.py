@@ -49,6 +49,7 @@ class Run:
         load_views: Turns a draw into microbatches of views.
         grad_fn: "Compute gradient", "Clip gradient".
         secure_noise: Noise in place of that of the streams; None keeps theirs.
+        frozen: Tensors of the network that no step changes.
         evaluate: Measures weights on the public test set.
         save: Writes a checkpoint of a state.
         keep_best: Marks the checkpoint of a step as the best.
@@ -62,6 +63,7 @@ class Run:
     load_views: LoadViews
     grad_fn: ClippedGrad
     secure_noise: SecureNoise | None
+    frozen: Params
     evaluate: Callable[[Params], Evaluation]
     save: Callable[["TrainState"], None]
     keep_best: Callable[[int], None]

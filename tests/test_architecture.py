@@ -13,15 +13,14 @@ LAYERS = {
     **dict.fromkeys([*FOUNDATIONS, "config", "kernels"], 0),
     **dict.fromkeys(["data", "models", "privacy"], 1),
     **dict.fromkeys(["clipping", "optim"], 2),
-    **dict.fromkeys(["evaluate", "checkpoint", "report", "planning"], 3),
-    "sweep": 4,
-    "train": 4,
-    "gradient_engine": 4,
-    "resumption": 4,
-    "assembly": 5,
-    "audit": 6,
-    "cli": 7,
-    "__init__": 8,  # what the package offers: may name anything below
+    **dict.fromkeys(["evaluate", "checkpoint", "report"], 3),
+    **dict.fromkeys(["sweep", "train", "weights"], 4),
+    **dict.fromkeys(["planning", "persistence"], 5),
+    **dict.fromkeys(["gradient_engine", "resumption"], 6),
+    "assembly": 7,
+    "audit": 8,
+    "cli": 9,
+    "__init__": 10,  # what the package offers: may name anything below
 }
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 50

@@ -116,6 +116,7 @@ def toy_run(
         grad_fn=clipped_grad(linear_loss, clipping_norm=1.0),
         evaluate=lambda params: SimpleNamespace(accuracy=0.0, loss=0.0),
         secure_noise=None,
+        frozen={},
         save=lambda state: None,
         keep_best=lambda step: None,
     )

@@ -9,12 +9,10 @@ from typing import Any
 from rich.console import Console
 
 from dpsgd.assembly import evaluator, load_network
-from dpsgd.checkpoint import CheckpointStore, read_tensors
 from dpsgd.cli.errors import UsageParser, exit_code
 from dpsgd.cli.groups import comparisons
 from dpsgd.config import Config, load_config
 from dpsgd.data import DataSplits, load_datasets
-from dpsgd.errors import ConfigError, fault
 from dpsgd.evaluate import Evaluation
 from dpsgd.planning import choose_device
 from dpsgd.report import (
@@ -24,11 +22,9 @@ from dpsgd.report import (
     result_table,
     to_json,
 )
-from dpsgd.trees import Params
+from dpsgd.weights import run_weights
 
 __all__ = ["main"]
-
-_PREFIXES = {"last": ("last/", "params/"), "ema": ("ema/", "ema/")}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,7 +76,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("run_dir", type=Path, help="folder that bin/dpsgd-train made")
     parser.add_argument(
         "--weights",
-        choices=list(_PREFIXES),
+        choices=["last", "ema"],
         help="default: the average if the run keeps one, else the last",
     )
     parser.add_argument(
@@ -122,7 +118,7 @@ def _measure(
 ) -> _Measured:
     """Measures one run on a test set."""
     weights = weights or ("last" if config.ema.decay is None else "ema")
-    params, facts = _read_weights(RunDirectory(run_dir), weights)
+    params, facts = run_weights(RunDirectory(run_dir), weights, field="--weights")
     device = choose_device(config.runtime.device)
     model, names = load_network(config, splits, params, device)
     measure = evaluator(config, splits, model, names, device)
@@ -153,26 +149,3 @@ def _show(config: Config, mine: _Measured, twin: _Measured | None) -> None:
     console.print(result_table(results, title=title))
     for line in told:
         console.print(line, highlight=False, soft_wrap=True)
-
-
-def _read_weights(
-    directory: RunDirectory, weights: str
-) -> tuple[Params, dict[str, Any]]:
-    """Returns the weights of a finished run, or of the newest checkpoint, and facts."""
-    finished, running = _PREFIXES[weights]
-    if directory.weights.exists():
-        tensors, facts = read_tensors(directory.weights)
-        prefix = finished
-    else:
-        checkpoint = CheckpointStore(directory.checkpoints, keep=1).newest()
-        tensors, facts = checkpoint.tensors, checkpoint.facts
-        prefix = running
-    params = {
-        name.removeprefix(prefix): leaf
-        for name, leaf in tensors.items()
-        if name.startswith(prefix)
-    }
-    if not params:
-        rule = "the run kept no such weights"
-        raise ConfigError(fault("--weights", weights, rule, "take the other kind"))
-    return params, facts

@@ -254,7 +254,11 @@ def _leave(
     report = _report(run, state, record, outcome)
     weights = {f"last/{name}": leaf for name, leaf in state.params.items()}
     weights |= {f"ema/{name}": leaf for name, leaf in (state.ema or {}).items()}
+    weights |= {f"frozen/{name}": leaf for name, leaf in run.frozen.items()}
     facts = {"step": state.step, **{name: report[name] for name in _GUARANTEE}}
+    network = config_to_dict(run.config)["model"]
+    del network["init_from"], network["init_weights"]  # a path is nobody's business
+    facts["model"] = network
     write_tensors(directory.weights, weights, facts)
     write_atomically(directory.report, to_json(report, indent=2).encode())
     results = {

@@ -24,6 +24,7 @@ __all__ = [
 ]
 
 _Sections = dict[str, dict[str, Any]]
+_NAMED_WEIGHTS = re.compile("(torchvision|timm):")
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
@@ -93,7 +94,7 @@ def config_to_dict(config: Config) -> _Sections:
 
 
 def with_absolute_paths(config: Config) -> Config:
-    """Returns settings whose data are found from any working directory."""
+    """Returns settings whose data and weights are found from any working directory."""
 
     def absolute(value: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
         if isinstance(value, tuple):
@@ -106,7 +107,10 @@ def with_absolute_paths(config: Config) -> Config:
     data = dataclasses.replace(
         data, train=absolute(data.train), test=absolute(data.test)
     )
-    return dataclasses.replace(config, data=data)
+    model = config.model
+    if model.init_from and not _NAMED_WEIGHTS.match(model.init_from):
+        model = dataclasses.replace(model, init_from=os.path.abspath(model.init_from))
+    return dataclasses.replace(config, data=data, model=model)
 
 
 class _PlainLoader(yaml.SafeLoader):
@@ -276,7 +280,7 @@ def _cross_checks(config: Config) -> list[str]:
         rule = f"must be below train.num_steps ({config.train.num_steps})"
         value = config.optimizer.warmup_steps
         faults.append(fault("optimizer.warmup_steps", value, rule, "shorten it"))
-    return faults
+    return faults + _without_weights(config)
 
 
 def _unit_faults(config: Config) -> list[str]:
@@ -323,3 +327,16 @@ def _secure_noise_faults(config: Config) -> list[str]:
         rule = "privacy.noise=secure forbids to record values without noise"
         faults.append(fault("report.unprotected_metrics", True, rule, "leave them out"))
     return faults
+
+
+def _without_weights(config: Config) -> list[str]:
+    """Returns the faults of settings that mean nothing without given weights."""
+    if config.model.init_from is not None:
+        return []
+    rule = "means nothing while model.init_from is null: all parameters are drawn"
+    remedy = "name weights to start from, or remove it"
+    return [
+        fault(f"finetune.{field.name}", value, rule, remedy)
+        for field in dataclasses.fields(config.finetune)
+        if (value := getattr(config.finetune, field.name)) != field.default
+    ]

@@ -23,6 +23,7 @@ __all__ = [
     "DataConfig",
     "EmaConfig",
     "EvalConfig",
+    "FinetuneConfig",
     "ModelConfig",
     "NoiseName",
     "OptimizerConfig",
@@ -133,6 +134,28 @@ class ModelConfig:
     """Where a convolution with a stride pads: half a kernel on every side, or, as JAX's
     SAME, no more than the stride needs and the odd pixel last. Weights that were
     trained with one are worth less with the other."""
+
+    init_from: str | None = None
+    """Weights to start from, public by your declaration: a run directory, a
+    .safetensors, .pt, .pth or .npz file, torchvision:NAME or timm:NAME. The guarantee
+    does not cover the data that they were trained on."""
+
+    init_weights: Literal["auto", "ema", "last"] = "auto"
+    """Which weights of a run to take; `auto` takes the average if it keeps one."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FinetuneConfig:
+    """What is trained of a network that starts from given weights."""
+
+    train: str = "all"
+    """`all`, `classifier`, `norm_and_classifier`, or a regular expression that the
+    whole name of a parameter must match. The others stay as they are, bit for bit:
+    they have no gradient, no norm and no noise."""
+
+    classifier: Literal["initialize", "zero", "load"] = "initialize"
+    """The classifier of a network with `model.init_from`: drawn as from scratch, set
+    to zero, or loaded with the rest."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -281,6 +304,9 @@ class Config:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     """Network."""
+
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+    """What is trained of it."""
 
     privacy: PrivacyConfig
     """Guarantee and mechanism."""

@@ -1,0 +1,82 @@
+"""The weights that our own runs leave."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from dpsgd.checkpoint import CheckpointStore, read_tensors
+from dpsgd.errors import ConfigError, fault
+from dpsgd.privacy import rounded_up
+from dpsgd.report import RunDirectory
+from dpsgd.trees import Params
+
+__all__ = ["chosen_weights", "guarantee_of", "network_of", "run_weights"]
+
+# By kind of weights: prefixes of its names in a finished run and in a checkpoint.
+_PREFIXES = {"ema": ("ema/", "ema/"), "last": ("last/", "params/")}
+_FROZEN = "frozen/"
+
+
+def run_weights(
+    directory: RunDirectory, which: str, *, field: str
+) -> tuple[Params, dict[str, Any]]:
+    """Returns the weights of a finished run, or of its newest checkpoint, with facts.
+
+    Args:
+        directory: The run.
+        which: `last`, `ema`, or `auto`: the average if the run keeps one.
+        field: The setting that says which, for messages.
+
+    Raises:
+        ConfigError: The folder holds no run, or the run kept no such weights.
+        CheckpointError: The weights are missing or damaged.
+    """
+    directory.require()
+    if directory.weights.exists():
+        tensors, facts = read_tensors(directory.weights)
+    else:
+        newest = CheckpointStore(directory.checkpoints, keep=1).newest()
+        tensors, facts = newest.tensors, newest.facts
+    return chosen_weights(tensors, which, field=field), facts
+
+
+def chosen_weights(tensors: Params, which: str, *, field: str) -> Params:
+    """Returns one kind of the weights that a file of ours holds, by parameter name.
+
+    Args:
+        tensors: By their names in the file.
+        which: `last`, `ema` or `auto`.
+        field: The setting that says which, for messages.
+
+    Raises:
+        ConfigError: The file holds no such weights.
+    """
+    for kind in _PREFIXES if which == "auto" else [which]:
+        for prefix in _PREFIXES[kind]:
+            if any(name.startswith(prefix) for name in tensors):
+                return _named(tensors, prefix) | _named(tensors, _FROZEN)
+    rule = "the run kept no such weights"
+    raise ConfigError(fault(field, which, rule, "take the other kind"))
+
+
+def guarantee_of(facts: Mapping[str, Any]) -> str:
+    """Returns what the weights of a run guarantee to its own training data."""
+    if "epsilon" not in facts:
+        return "not known yet"
+    if facts["epsilon"] is None:
+        return "none"
+    return f"({rounded_up(facts['epsilon'])}, {facts['delta']:g})-DP"
+
+
+def network_of(facts: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns the section `model` of the run, as far as its facts tell it."""
+    settings = facts.get("settings", facts)
+    return dict(settings.get("model", {}))
+
+
+def _named(tensors: Params, prefix: str) -> Params:
+    """Returns the tensors whose names have a prefix, without it."""
+    return {
+        name.removeprefix(prefix): leaf
+        for name, leaf in tensors.items()
+        if name.startswith(prefix)
+    }
