@@ -33,8 +33,10 @@ from dpsgd.models import (
     freeze,
     frozen_tensors,
     initialize,
+    per_example_loss,
     trainable_params,
 )
+from dpsgd.non_private import NonPrivateStep, ShuffledSampler, SummedGrad
 from dpsgd.optim import Optimizer, SecureNoise
 from dpsgd.persistence import check_shapes, restore_state, save_state
 from dpsgd.planning import Plan, make_plan, outline
@@ -124,6 +126,7 @@ def assemble(
         load_views=_view_loader(config, plan, splits, streams),
         grad_fn=build_gradient_engine(config, plan, model),
         secure_noise=_secure_noise(config, plan, state.params),
+        unaccounted_step=_unaccounted_step(config, splits, streams, model),
     )
     return run, state, plan
 
@@ -247,6 +250,21 @@ def _sampler(plan: Plan, splits: DataSplits, streams: RandomStreams) -> PoissonS
     if plan.mechanism.unit == "user":
         num_rows = splits.train.num_users
     return PoissonSampler(num_rows=num_rows, sample_rate=rate, streams=streams)
+
+
+def _unaccounted_step(
+    config: Config, splits: DataSplits, streams: RandomStreams, model: nn.Module
+) -> NonPrivateStep | None:
+    """Returns the step of a run without privacy, None for every other."""
+    if config.privacy.enabled:
+        return None
+    size = int(config.privacy.expected_batch_size)
+    num_rows = len(splits.train)
+    loss_fn = per_example_loss(model, label_smoothing=config.train.label_smoothing)
+    return NonPrivateStep(
+        sampler=ShuffledSampler(num_rows=num_rows, batch_size=size, streams=streams),
+        grad_fn=SummedGrad(loss_fn),
+    )
 
 
 def _secure_noise(config: Config, plan: Plan, params: Params) -> SecureNoise | None:

@@ -142,6 +142,9 @@ def _check(config: Config, *numbers: int) -> None:
         rule = "must be at least 0, and one of them above"
         shown = " and ".join(map(str, numbers))
         raise ConfigError(fault("canaries", shown, rule, "raise them"))
+    if not config.privacy.enabled:
+        rule = "a run without privacy claims nothing that could be refuted"
+        raise ConfigError(fault("privacy.enabled", False, rule, "audit a private run"))
     if config.privacy.unit != "example":
         rule = "canaries are examples, and tell nothing of whole users"
         remedy = "audit the run with privacy.unit=example"

@@ -16,9 +16,9 @@ def build_gradient_engine(config: Config, plan: Plan, model: nn.Module) -> Clipp
     """Returns "Compute gradient" and "Clip gradient" for the network."""
     # Shapes are fixed, so the search for the fastest convolution pays at once.
     torch.backends.cudnn.benchmark = plan.device.type == "cuda"
-    by_user = plan.mechanism.unit == "user"
+    loss_of = per_user_loss if plan.mechanism.unit == "user" else per_example_loss
     return clipped_grad(
-        per_user_loss(model) if by_user else per_example_loss(model),
+        loss_of(model, label_smoothing=config.train.label_smoothing),
         clipping_norm=plan.mechanism.clipping_norm,
         rescale_to_unit_norm=plan.mechanism.rescale_to_unit_norm,
         microbatch_size=plan.microbatch_size,
@@ -55,6 +55,11 @@ def execution_of(config: Config, plan: Plan) -> Execution:
     """Returns how passes run, which `auto` leaves to the device."""
     on_gpu = plan.device.type == "cuda"
     execution = config.runtime.execution
+    if not config.privacy.enabled:
+        if execution in ("auto", "eager"):
+            return "eager"
+        rule = "a run without privacy takes its passes eagerly"
+        raise ConfigError(fault("runtime.execution", execution, rule, "take auto"))
     if execution == "cuda_graph" and not on_gpu:
         rule = f"needs a CUDA device, and the run is on {plan.device}"
         raise ConfigError(fault("runtime.execution", execution, rule, "take auto"))

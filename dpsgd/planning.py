@@ -29,6 +29,12 @@ __all__ = ["Plan", "build_mechanism", "choose_device", "make_plan", "outline"]
 _MEMORY_SHARE = 0.6
 _CPU_MICROBATCH_BYTES = 1 << 30
 _VIEWS_PER_PASS = {"cpu": 256, "cuda": 2048}
+_NO_GUARANTEE = [
+    ("privacy", "NONE: nothing is clipped, no noise is added, nothing is guaranteed"),
+    ("epsilon (upper bound)", "infinite: NO privacy guarantee"),
+]
+# Any will do for a mechanism without noise, whose epsilon is infinite at all of them.
+_ANY_DELTA = 1e-5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,29 +65,26 @@ class Plan:
     microbatch_size: int
     device: torch.device
 
+    @property
+    def title(self) -> str:
+        """What the plan is of."""
+        private = self.mechanism.noise_multiplier > 0
+        return "Privacy plan" if private else "Plan: NO privacy guarantee"
+
     def rows(self, config: Config) -> list[tuple[str, str]]:
         """Returns what to show, as (name, value) in words."""
-        mechanism, privacy = self.mechanism, config.privacy
-        units = f"{mechanism.unit}s"
-        views = config.data.augmentation_multiplicity
+        units = f"{self.mechanism.unit}s"
         needed = self.memory.total(self.microbatch_size) / 2**20
+        views = config.data.augmentation_multiplicity
         seeded = config.train.seed is not None
-        of_users = [("examples a user", f"at most {privacy.max_examples_per_user}")]
+        private = config.privacy.enabled
         return [
             (units, f"{self.facts.num_examples:,} (public, declared)"),
-            ("sample rate", f"{mechanism.sample_rate:.6g} (Poisson)"),
-            ("expected batch", f"{mechanism.expected_batch_size:,g} {units}"),
-            *(of_users if mechanism.unit == "user" else []),
+            *(self._sampling_rows(config) if private else self._shuffling_rows()),
             ("views an example", f"{views} ({config.data.augmentation})"),
             ("normalisation", _constants(config)),
-            ("steps", f"{mechanism.num_steps:,}"),
-            ("noise multiplier", f"{mechanism.noise_multiplier:.7g}"),
-            ("noise", privacy.noise),
-            ("clipping norm", f"{mechanism.clipping_norm:g}"),
-            ("epsilon (upper bound)", _epsilon(self.epsilon.upper)),
-            ("delta", f"{mechanism.delta:g}"),
-            ("accountant", privacy.accountant),
-            ("neighbours", f"{mechanism.adjacency} {mechanism.unit}"),
+            ("steps", f"{self.mechanism.num_steps:,}"),
+            *(self._guarantee_rows(config) if private else _NO_GUARANTEE),
             ("network", f"{config.model.name}, {config.model.compute_dtype}"),
             *(self.initialization.rows() if self.initialization else []),
             ("parameters", self._parameters(config)),
@@ -90,23 +93,60 @@ class Plan:
                 f"{self.microbatch_size} {units}, about {needed:,.0f} MiB on "
                 f"{self.device}",
             ),
+            ("random streams", _streams(seeded=seeded, private=private)),
+        ]
+
+    def _sampling_rows(self, config: Config) -> list[tuple[str, str]]:
+        """Returns how a private run draws."""
+        mechanism = self.mechanism
+        most = f"at most {config.privacy.max_examples_per_user}"
+        return [
+            ("sample rate", f"{mechanism.sample_rate:.6g} (Poisson)"),
             (
-                "random streams",
-                "from a seed: repeatable, NOT to be released as private"
-                if seeded
-                else "from the operating system",
+                "expected batch",
+                f"{mechanism.expected_batch_size:,g} {mechanism.unit}s",
             ),
+            *([("examples a user", most)] if mechanism.unit == "user" else []),
+        ]
+
+    def _shuffling_rows(self) -> list[tuple[str, str]]:
+        """Returns how a run without privacy draws."""
+        size = self.mechanism.expected_batch_size
+        epochs = self.mechanism.num_steps * size / self.facts.num_examples
+        return [
+            ("batch", f"{size:,g} examples, shuffled every epoch"),
+            ("epochs", f"{epochs:,.1f}"),
+        ]
+
+    def _guarantee_rows(self, config: Config) -> list[tuple[str, str]]:
+        """Returns what a private run guarantees, and by what means."""
+        mechanism = self.mechanism
+        return [
+            ("noise multiplier", f"{mechanism.noise_multiplier:.7g}"),
+            ("noise", config.privacy.noise),
+            ("clipping norm", f"{mechanism.clipping_norm:g}"),
+            ("epsilon (upper bound)", _epsilon(self.epsilon.upper)),
+            ("delta", f"{mechanism.delta:g}"),
+            ("accountant", config.privacy.accountant),
+            ("neighbours", f"{mechanism.adjacency} {mechanism.unit}"),
         ]
 
     def to_dict(self, config: Config) -> dict[str, Any]:
         """Returns what plan.json keeps of it: public facts as plain values."""
         start = self.initialization
-        return {
+        claim: dict[str, Any] = {
             **self.mechanism.to_dict(),
             "adjacency": self.mechanism.adjacency,
             "accountant": config.privacy.accountant,
             "noise": config.privacy.noise,
             "epsilon": self.epsilon.upper,
+        }
+        if not config.privacy.enabled:
+            kept = ("num_steps", "expected_batch_size")
+            claim = {key: claim[key] if key in kept else None for key in claim}
+        return {
+            **claim,
+            "private": self.mechanism.noise_multiplier > 0,
             "seeded": config.train.seed is not None,
             f"num_{self.mechanism.unit}s": self.facts.num_examples,
             "num_classes": self.facts.num_classes,
@@ -152,6 +192,9 @@ def build_mechanism(
 ) -> DPSGDMechanism:
     """Builds the one mechanism of a run, calibrating the noise if a target is set.
 
+    Without privacy it has no noise, so that no account can call the run private, even
+    if its reader forgets to ask.
+
     Args:
         config: Settings.
         num_examples: Public size N of the training set, in units.
@@ -163,10 +206,11 @@ def build_mechanism(
     """
     privacy = config.privacy
     units = f"{privacy.unit}s"
+    delta = _ANY_DELTA if privacy.delta is None else privacy.delta
     faults = []
-    if privacy.delta >= 1 / num_examples:
+    if privacy.enabled and delta >= 1 / num_examples:
         rule = f"must be below 1/num_{units} ({1 / num_examples:.1e})"
-        faults.append(fault("privacy.delta", privacy.delta, rule, "lower delta"))
+        faults.append(fault("privacy.delta", delta, rule, "lower delta"))
     if privacy.expected_batch_size > num_examples:
         rule = f"the sample rate would pass 1: must be at most {num_examples} {units}"
         value = privacy.expected_batch_size
@@ -174,14 +218,14 @@ def build_mechanism(
     if faults:
         raise ConfigError("\n".join(faults))
     sample_rate = privacy.expected_batch_size / num_examples
-    noise_multiplier = privacy.noise_multiplier
+    noise_multiplier = privacy.noise_multiplier if privacy.enabled else 0.0
     if noise_multiplier is None:
         assert privacy.target_epsilon is not None  # the loader sees to one of the two
         noise_multiplier = calibrate_noise_multiplier(
             target_epsilon=privacy.target_epsilon,
             sample_rate=sample_rate,
             num_steps=config.train.num_steps,
-            delta=privacy.delta,
+            delta=delta,
             accountant=accountant,
         )
     return DPSGDMechanism(
@@ -190,7 +234,7 @@ def build_mechanism(
         noise_multiplier=noise_multiplier,
         clipping_norm=privacy.clipping_norm,
         expected_batch_size=privacy.expected_batch_size,
-        delta=privacy.delta,
+        delta=delta,
         rescale_to_unit_norm=privacy.rescale_to_unit_norm,
         unit=privacy.unit,
     )
@@ -222,6 +266,7 @@ def make_plan(
         num_views=config.views_per_unit,
         device=device.type,
         compute_dtype=getattr(torch, config.model.compute_dtype),
+        per_sample=config.privacy.enabled,
     )
     microbatch_size = _choose_microbatch_size(config, memory, device)
     trained = trainable_params(model)
@@ -292,6 +337,13 @@ def _memory_of(device: torch.device) -> int:
 def _epsilon(value: float) -> str:
     """Returns a bound on epsilon in words."""
     return rounded_up(value) if value < math.inf else "infinite: NO privacy guarantee"
+
+
+def _streams(*, seeded: bool, private: bool) -> str:
+    """Returns where randomness comes from, and what follows."""
+    if not seeded:
+        return "from the operating system"
+    return "from a seed: repeatable" + ", NOT to be released as private" * private
 
 
 def _constants(config: Config) -> str:

@@ -53,6 +53,8 @@ class Run:
         evaluate: Measures weights on the public test set.
         save: Writes a checkpoint of a state.
         keep_best: Marks the checkpoint of a step as the best.
+        unaccounted_step: Stands for `train_step` in a run without privacy, which uses
+            neither sampler nor grad_fn; None in every other.
     """
 
     config: Config
@@ -67,6 +69,7 @@ class Run:
     evaluate: Callable[[Params], Evaluation]
     save: Callable[["TrainState"], None]
     keep_best: Callable[[int], None]
+    unaccounted_step: Callable[["Run", "TrainState"], list[PassStatistics]] | None
 
     def __post_init__(self) -> None:
         """Raises if a part would do other than what is accounted."""
@@ -79,6 +82,7 @@ class Run:
             ),
             ("mechanism", self.ledger.mechanism, self.mechanism),
             ("noise", self._noise, self.config.privacy.noise),
+            ("privacy", self.unaccounted_step is None, self.config.privacy.enabled),
         ):
             if part != accounted:
                 rule = f"the mechanism has {accounted}"
@@ -238,6 +242,7 @@ def train(
         UserError: The parameters or the test loss are no longer finite.
         CheckpointError: A checkpoint could not be written; earlier ones are intact.
     """
+    take_step = run.unaccounted_step or train_step
     watch = _Stopwatch(state)
     if state.step == 0:
         run.save(state)  # a run killed in its first steps can go on, too
@@ -246,7 +251,7 @@ def train(
     while state.step < run.ledger.max_steps:
         run.ledger.require(state.step + 1)
         watch.skip()
-        passes = train_step(run, state)
+        passes = take_step(run, state)
         _check_finite(run, state)
         watch.count_step()
         record = _step_record(run, state, passes)
@@ -358,7 +363,6 @@ def _unprotected(run: Run, passes: Sequence[PassStatistics]) -> dict[str, float]
     """Summarises values that noise does not protect."""
     if not passes:
         return {"realized_batch_size": 0.0}
-    norms = torch.cat([one.per_sample_norms for one in passes])
     losses = torch.cat([one.losses for one in passes])
     realized = torch.stack([one.num_examples for one in passes]).sum()
     left_out = torch.stack([one.num_nonfinite for one in passes]).sum()
@@ -366,10 +370,14 @@ def _unprotected(run: Run, passes: Sequence[PassStatistics]) -> dict[str, float]
     def mean(values: Tensor) -> float:
         return float(values.nan_to_num().sum() / realized.clamp(min=1))
 
-    return {
+    values = {
         "realized_batch_size": float(realized),
         "train_loss": mean(losses),
-        "mean_gradient_norm": mean(norms),
-        "clipped_share": mean((norms > run.mechanism.clipping_norm).float()),
         "num_nonfinite": float(left_out),
     }
+    if run.config.privacy.enabled:
+        norms = torch.cat([one.per_sample_norms for one in passes])
+        values["mean_gradient_norm"] = mean(norms)
+        clipped = norms > run.mechanism.clipping_norm
+        values["clipped_share"] = mean(clipped.float())
+    return values

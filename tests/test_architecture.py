@@ -15,7 +15,7 @@ LAYERS = {
     **dict.fromkeys(["clipping", "optim"], 2),
     **dict.fromkeys(["evaluate", "checkpoint", "report"], 3),
     **dict.fromkeys(["sweep", "train", "weights"], 4),
-    **dict.fromkeys(["planning", "persistence"], 5),
+    **dict.fromkeys(["planning", "persistence", "non_private"], 5),
     **dict.fromkeys(["gradient_engine", "resumption"], 6),
     "assembly": 7,
     "audit": 8,

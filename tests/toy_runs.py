@@ -119,6 +119,7 @@ def toy_run(
         frozen={},
         save=lambda state: None,
         keep_best=lambda step: None,
+        unaccounted_step=None,
     )
     optimizer = Optimizer(params, config.optimizer, num_steps=num_steps)
     return run, TrainState(step=0, params=params, ema=None, optimizer=optimizer)

@@ -45,6 +45,7 @@ __all__ = ["main"]
 
 # What of the report goes with the weights wherever they are copied to.
 _GUARANTEE = (
+    "private",
     "epsilon",
     "delta",
     "unit",
@@ -239,7 +240,7 @@ class _Recorder:
 
 def _show_plan(console: Console, config: Config, plan: Plan) -> None:
     """Prints the privacy plan."""
-    console.print(plan_table(plan.rows(config), title="Privacy plan"))
+    console.print(plan_table(plan.rows(config), title=plan.title))
 
 
 def _leave(
@@ -295,16 +296,9 @@ def _report(
         "per_group_accuracy": best_known.per_group_accuracy,
         "per_group_num_examples": best_known.per_group_num_examples,
         "largest_gap": best_known.largest_gap,
-        "epsilon": epsilon if epsilon < float("inf") else None,
-        "delta": mechanism.delta,
-        "unit": mechanism.unit,
-        "adjacency": mechanism.adjacency,
-        "accountant": run.config.privacy.accountant,
-        "noise": run.config.privacy.noise,
-        "noise_multiplier": mechanism.noise_multiplier,
-        "sample_rate": mechanism.sample_rate,
+        "private": epsilon < float("inf"),
+        **_guarantee(run, epsilon),
         "expected_batch_size": mechanism.expected_batch_size,
-        "clipping_norm": mechanism.clipping_norm,
         "num_steps": state.step,
         "seeded": run.streams.seeded,
         "views_per_second": run.views_per_second(state),
@@ -314,6 +308,23 @@ def _report(
         "finished_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         **environment(),
     }
+
+
+def _guarantee(run: Run, epsilon: float) -> dict[str, Any]:
+    """Returns what is guaranteed, and by what means; nulls in a run without privacy."""
+    mechanism = run.mechanism
+    facts = {
+        "epsilon": epsilon if epsilon < float("inf") else None,
+        "delta": mechanism.delta,
+        "unit": mechanism.unit,
+        "adjacency": mechanism.adjacency,
+        "accountant": run.config.privacy.accountant,
+        "noise": run.config.privacy.noise,
+        "noise_multiplier": mechanism.noise_multiplier,
+        "sample_rate": mechanism.sample_rate,
+        "clipping_norm": mechanism.clipping_norm,
+    }
+    return facts if run.config.privacy.enabled else dict.fromkeys(facts)
 
 
 def _peak_memory() -> int:

@@ -52,8 +52,9 @@ def measure_microbatch(
     num_views: int,
     device: str = "cpu",
     compute_dtype: torch.dtype = torch.float32,
+    per_sample: bool = True,
 ) -> MicrobatchMemory:
-    """Counts the memory of the vmap engine.
+    """Counts the memory of the vmap engine, or of a pass without privacy.
 
     Args:
         model: Network whose parameters are on the meta device. Frozen ones have no
@@ -63,6 +64,7 @@ def measure_microbatch(
         num_views: Views K of each example.
         device: Type of the device that is planned for, `cpu` or `cuda`.
         compute_dtype: Type of the activations.
+        per_sample: Whether every example has a gradient of its own.
     """
     leaves = dict(model.named_parameters())
     params = {name: leaf.detach() for name, leaf in leaves.items()}
@@ -79,7 +81,7 @@ def measure_microbatch(
     share, copies = _CPU_SHARE, _CPU_COPIES
     if device == "cuda":
         share, copies = _CUDA_SHARES[compute_dtype.itemsize], _CUDA_COPIES
-    per_example = int(share * (two - one)) + copies * grads
+    per_example = int(share * (two - one)) + per_sample * copies * grads
     return MicrobatchMemory(fixed=5 * grads + frozen, per_example=per_example)
 
 

@@ -162,6 +162,11 @@ class FinetuneConfig:
 class PrivacyConfig:
     """The guarantee, and the mechanism that provides it."""
 
+    enabled: bool = True
+    """False trains WITHOUT any privacy, on public data: shuffled batches of
+    `expected_batch_size` examples, no clipping, no noise, no guarantee. Nothing else
+    of this section may be set then."""
+
     unit: PrivacyUnit = "example"
     """Whose presence is hidden: one example, with all its views, or one user, with all
     its examples. Users come from `data.user_column`."""
@@ -181,8 +186,9 @@ class PrivacyConfig:
     max_epsilon: Positive | None = None
     """Hard limit, > 0: training stops before the step that would pass it."""
 
-    delta: float
-    """Delta of (epsilon, delta)-DP, in (0, 1/num_examples), or (0, 1/num_users)."""
+    delta: float | None = None
+    """Delta of (epsilon, delta)-DP, in (0, 1/num_examples), or (0, 1/num_users);
+    required with privacy."""
 
     expected_batch_size: Positive
     """Public expected number of units, examples or users, a step: the divisor of every
@@ -245,6 +251,9 @@ class TrainConfig:
 
     num_steps: PositiveInt
     """Steps T: each is one draw, one noise, one update and one composition."""
+
+    label_smoothing: Fraction = 0.0
+    """Share of each label, in [0, 1), that is spread evenly over all classes."""
 
     seed: int | None = None
     """Null draws every stream from the operating system. A seed makes the run

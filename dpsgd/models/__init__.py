@@ -81,7 +81,9 @@ def build_model(
     return build(config, image_shape=image_shape, num_classes=num_classes)
 
 
-def per_example_loss(model: nn.Module) -> Callable[[Params, Tensor, Tensor], Tensor]:
+def per_example_loss(
+    model: nn.Module, *, label_smoothing: float = 0.0
+) -> Callable[[Params, Tensor, Tensor], Tensor]:
     """Returns the loss of one example as a function of the trainable parameters.
 
     The K views of the example are averaged inside its loss, so that they are clipped
@@ -89,6 +91,7 @@ def per_example_loss(model: nn.Module) -> Callable[[Params, Tensor, Tensor], Ten
 
     Args:
         model: Network that `check_model` accepts.
+        label_smoothing: Share of the label that is spread over all classes, in [0, 1).
 
     Returns:
         `loss(params, views, label)` of `views` (K, C, H, W) and `label` (): the mean
@@ -100,13 +103,14 @@ def per_example_loss(model: nn.Module) -> Callable[[Params, Tensor, Tensor], Ten
 
     def loss(params: Params, views: Tensor, label: Tensor) -> Tensor:
         logits = functional_call(model, params, (views,))
-        return F.cross_entropy(logits, label.expand(logits.shape[0]))
+        labels = label.expand(logits.shape[0])
+        return F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
 
     return loss
 
 
 def per_user_loss(
-    model: nn.Module,
+    model: nn.Module, *, label_smoothing: float = 0.0
 ) -> Callable[[Params, Tensor, Tensor, Tensor], Tensor]:
     r"""Returns the loss of one user as a function of the trainable parameters.
 
@@ -119,6 +123,7 @@ def per_user_loss(
 
     Args:
         model: Network that `check_model` accepts.
+        label_smoothing: Share of a label that is spread over all classes, in [0, 1).
 
     Returns:
         `loss(params, views, labels, present)` of `views` (S, K, C, H, W), `labels` (S,)
@@ -132,7 +137,9 @@ def per_user_loss(
     def loss(params: Params, views: Tensor, labels: Tensor, present: Tensor) -> Tensor:
         logits = functional_call(model, params, (views.flatten(0, 1),))  # (S * K, O)
         repeated = labels[:, None].expand(views.shape[:2]).flatten()
-        losses = F.cross_entropy(logits, repeated, reduction="none")
+        losses = F.cross_entropy(
+            logits, repeated, reduction="none", label_smoothing=label_smoothing
+        )
         of_examples = losses.view(views.shape[:2]).mean(dim=1)  # (S,)
         kept = torch.where(present, of_examples, 0.0)
         return kept.sum() / present.sum().clamp(min=1)

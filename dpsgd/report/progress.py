@@ -1,5 +1,6 @@
 """The progress of a run: a live bar in a terminal, plain lines elsewhere."""
 
+import math
 import time
 from types import TracebackType
 from typing import Self
@@ -73,7 +74,7 @@ class ProgressView:
             epsilon: Upper bound spent after them.
             views_per_second: Throughput so far.
         """
-        status = f"eps <= {rounded_up(epsilon, 3)}  {views_per_second:,.0f} views/s"
+        status = f"{_spent(epsilon, 3)}  {views_per_second:,.0f} views/s"
         if self._bar:
             self._bar.update(self._task, completed=step, status=status)
         elif time.monotonic() - self._last_line >= _SECONDS_BETWEEN_LINES:
@@ -90,10 +91,17 @@ class ProgressView:
             accuracies: Test accuracy in [0, 1] by kind of weights.
         """
         shown = "  ".join(f"{name} {value:.2%}" for name, value in accuracies.items())
-        spent = f"step {step}/{self._num_steps}  eps <= {rounded_up(epsilon)}"
+        spent = f"step {step}/{self._num_steps}  {_spent(epsilon)}"
         self._line(f"{spent}  test: {shown}")
 
     def _line(self, text: str) -> None:
         """Prints one line, above the bar if there is one."""
         self._last_line = time.monotonic()
         self._console.print(text, highlight=False, soft_wrap=True)
+
+
+def _spent(epsilon: float, digits: int = 4) -> str:
+    """Returns a bound on epsilon in words."""
+    if not math.isfinite(epsilon):
+        return "NO privacy guarantee"
+    return f"eps <= {rounded_up(epsilon, digits)}"

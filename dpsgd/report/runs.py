@@ -110,6 +110,11 @@ class RunRecord:
         return planned if planned is None or limit is None else min(planned, limit)
 
     @property
+    def has_mechanism(self) -> bool:
+        """Whether gradients are clipped and noise is added at all."""
+        return self.setting("privacy", "enabled") is not False
+
+    @property
     def is_seeded(self) -> bool:
         """Whether the random streams follow from a seed in the settings."""
         return self.setting("train", "seed") is not None

@@ -222,13 +222,8 @@ def _facts(run: RunRecord, standing: Standing) -> tuple[tuple[str, str], ...]:
     """Returns how the guarantee is reached, in words."""
     units = f"{run.unit}s"
     rows = () if standing == "none" else _guarantee_facts(run, standing)
+    rows += _step_facts(run) if run.has_mechanism else _unprotected_step_facts(run)
     rows += (
-        (
-            "Sampling",
-            f"Poisson: each step takes each {run.unit} independently with probability "
-            f"{significant(run.number('sample_rate'))}{_of_users(run)}",
-        ),
-        ("Mechanism", _mechanism(run)),
         ("Steps", f"{count(run.step)} of {count(run.planned_steps)}"),
         ("Training set", f"{count(run.number(f'num_{units}'))} {units}, as declared"),
     )
@@ -238,6 +233,27 @@ def _facts(run: RunRecord, standing: Standing) -> tuple[tuple[str, str], ...]:
             ("Released", "model.safetensors, and all that is computed from it"),
         )
     return rows
+
+
+def _step_facts(run: RunRecord) -> tuple[tuple[str, str], ...]:
+    """Returns what a step of a private run does."""
+    return (
+        (
+            "Sampling",
+            f"Poisson: each step takes each {run.unit} independently with probability "
+            f"{significant(run.number('sample_rate'))}{_of_users(run)}",
+        ),
+        ("Mechanism", _mechanism(run)),
+    )
+
+
+def _unprotected_step_facts(run: RunRecord) -> tuple[tuple[str, str], ...]:
+    """Returns what a step does with privacy.enabled=false."""
+    size = count(run.number("expected_batch_size"))
+    return (
+        ("Sampling", f"batches of {size}, every epoch in a new order"),
+        ("Mechanism", "none: gradients are neither clipped nor noised"),
+    )
 
 
 def _of_users(run: RunRecord) -> str:

@@ -5,8 +5,7 @@ from typing import Any
 
 from dpsgd.checkpoint import CheckpointStore, read_tensors
 from dpsgd.errors import ConfigError, fault
-from dpsgd.privacy import rounded_up
-from dpsgd.report import RunDirectory
+from dpsgd.report import RunDirectory, guarantee_in_words
 from dpsgd.trees import Params
 
 __all__ = ["chosen_weights", "guarantee_of", "network_of", "run_weights"]
@@ -60,11 +59,7 @@ def chosen_weights(tensors: Params, which: str, *, field: str) -> Params:
 
 def guarantee_of(facts: Mapping[str, Any]) -> str:
     """Returns what the weights of a run guarantee to its own training data."""
-    if "epsilon" not in facts:
-        return "not known yet"
-    if facts["epsilon"] is None:
-        return "none"
-    return f"({rounded_up(facts['epsilon'])}, {facts['delta']:g})-DP"
+    return guarantee_in_words(facts) if "epsilon" in facts else "not known yet"
 
 
 def network_of(facts: Mapping[str, Any]) -> Mapping[str, Any]:

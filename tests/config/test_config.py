@@ -145,7 +145,7 @@ def test_a_value_is_read_as_its_declared_type(
         ("privacy", "delta: .nan", "privacy.delta=.nan: must be a number"),
         ("privacy", "delta: 0", r"privacy.delta=0.0: must be in \(0, 1\)"),
         ("privacy", "delta: 1", r"privacy.delta=1.0: must be in \(0, 1\)"),
-        ("privacy", "delta:", "privacy.delta=null: must be a number"),
+        ("privacy", "delta:", "privacy.delta=null: is required"),
         ("privacy", "clipping_norm: 0", "clipping_norm=0: must be above 0"),
         ("privacy", "clipping_norm: inf", "clipping_norm=inf: must be above 0"),
         ("privacy", "clipping_norm: -1", "clipping_norm=-1: must be above 0"),

@@ -1,0 +1,138 @@
+"""What no setting shows alone: settings that contradict or need one another."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from dpsgd.config.schema import Config, PrivacyConfig
+from dpsgd.errors import fault
+
+__all__ = ["faults_between_settings", "missing_delta"]
+
+
+def faults_between_settings(config: Config) -> list[str]:
+    """Returns the faults that only show between settings, one line each."""
+    if config.privacy.enabled:
+        faults = _mechanism_faults(config.privacy)
+        faults += _unit_faults(config)
+        faults += _secure_noise_faults(config)
+    else:
+        faults = _faults_without_privacy(config.privacy)
+    if config.data.group_column is not None and config.data.source != "parquet":
+        rule, remedy = "only parquet files have columns", "remove it, or take parquet"
+        column = config.data.group_column
+        faults.append(fault("data.group_column", column, rule, remedy))
+    if config.optimizer.warmup_steps >= config.train.num_steps > 0:
+        rule = f"must be below train.num_steps ({config.train.num_steps})"
+        value = config.optimizer.warmup_steps
+        faults.append(fault("optimizer.warmup_steps", value, rule, "shorten it"))
+    return faults + _faults_without_weights(config)
+
+
+def missing_delta(privacy: Any) -> list[str]:
+    """Returns the fault of a section that enables privacy and says no delta.
+
+    Args:
+        privacy: The section as it was read.
+    """
+    given = privacy if isinstance(privacy, Mapping) else {}
+    if given.get("enabled") is False or given.get("delta") is not None:
+        return []
+    return [fault("privacy.delta", None, "is required", "add it")]
+
+
+def _mechanism_faults(privacy: PrivacyConfig) -> list[str]:
+    """Returns the faults between settings of a private run."""
+    faults = []
+    if privacy.target_epsilon is None and privacy.noise_multiplier is None:
+        faults.append(
+            "privacy.target_epsilon=null and privacy.noise_multiplier=null: exactly "
+            "one of them decides the noise; give one"
+        )
+    if privacy.target_epsilon is not None and privacy.noise_multiplier is not None:
+        faults.append(
+            f"privacy.target_epsilon={privacy.target_epsilon} and "
+            f"privacy.noise_multiplier={privacy.noise_multiplier}: exactly one of them "
+            "decides the noise; remove one"
+        )
+    if privacy.delta is None or not 0 < privacy.delta < 1:
+        rule = "must be in (0, 1), and below 1/num_examples"
+        faults.append(fault("privacy.delta", privacy.delta, rule, "lower delta"))
+    return faults
+
+
+def _faults_without_privacy(privacy: PrivacyConfig) -> list[str]:
+    """Returns the faults of a section that promises what no run without privacy has."""
+    rule = "means nothing with privacy.enabled=false, where nothing is guaranteed"
+    faults = [
+        fault(f"privacy.{field.name}", value, rule, "remove it, or enable privacy")
+        for field in dataclasses.fields(privacy)
+        if field.name not in ("enabled", "expected_batch_size")
+        and (value := getattr(privacy, field.name)) != field.default
+    ]
+    size = privacy.expected_batch_size
+    if not size.is_integer():
+        rule = "is the size of every batch with privacy.enabled=false"
+        faults.append(
+            fault("privacy.expected_batch_size", size, rule, "give a whole number")
+        )
+    return faults
+
+
+def _unit_faults(config: Config) -> list[str]:
+    """Returns what is missing for the unit of privacy, or given for another one.
+
+    A setting of users is refused where examples are the unit: who names users wants
+    them protected, and must not be told an epsilon of something weaker.
+    """
+    data, privacy = config.data, config.privacy
+    column, most = data.user_column, privacy.max_examples_per_user
+    settings = [
+        ("data.user_column", column, "name the column of users"),
+        ("privacy.max_examples_per_user", most, "give a public limit"),
+    ]
+    if privacy.unit == "example":
+        rule, remedy = "goes with privacy.unit=user only", "set it, or remove this"
+        return [
+            fault(name, value, rule, remedy)
+            for name, value, _ in settings
+            if value is not None
+        ]
+    if data.source != "parquet":
+        rule = f"data.source={data.source} does not know users"
+        return [fault("privacy.unit", "user", rule, "take data.source=parquet")]
+    remedy = "declare that public number, which is never counted from private data"
+    settings.append(("data.num_users", data.num_users, remedy))
+    rule = "is required with privacy.unit=user"
+    return [
+        fault(name, None, rule, remedy)
+        for name, value, remedy in settings
+        if value is None
+    ]
+
+
+def _secure_noise_faults(config: Config) -> list[str]:
+    """Returns what would undo secure noise: its repetition, or sums without it."""
+    if config.privacy.noise != "secure":
+        return []
+    faults = []
+    if config.train.seed is not None:
+        rule = "privacy.noise=secure is never repeatable"
+        faults.append(fault("train.seed", config.train.seed, rule, "remove the seed"))
+    if config.report.unprotected_metrics:
+        rule = "privacy.noise=secure forbids to record values without noise"
+        faults.append(fault("report.unprotected_metrics", True, rule, "leave them out"))
+    return faults
+
+
+def _faults_without_weights(config: Config) -> list[str]:
+    """Returns the faults of settings that mean nothing without given weights."""
+    if config.model.init_from is not None:
+        return []
+    rule = "means nothing while model.init_from is null: all parameters are drawn"
+    remedy = "name weights to start from, or remove it"
+    return [
+        fault(f"finetune.{field.name}", value, rule, remedy)
+        for field in dataclasses.fields(config.finetune)
+        if (value := getattr(config.finetune, field.name)) != field.default
+    ]
