@@ -2,8 +2,10 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,14 +28,14 @@ from dpsgd.data import (
 )
 from dpsgd.errors import ConfigError, DataError, fault
 from dpsgd.evaluate import Evaluation, evaluate
-from dpsgd.gradient_engine import build_gradient_engine, execution_of
+from dpsgd.features import FeatureCache, FeatureLoader
+from dpsgd.gradient_engine import build_gradient_engine, execution_of, loss_of
 from dpsgd.models import (
     build_model,
     check_model,
     freeze,
     frozen_tensors,
     initialize,
-    per_example_loss,
     trainable_params,
 )
 from dpsgd.non_private import NonPrivateStep, ShuffledSampler, SummedGrad
@@ -99,9 +101,11 @@ def assemble(
     facts = _with_classes(config, _facts(config, splits))
     start = _initialization(config, facts, checkpoint)
     plan = make_plan(config, facts, mechanism=mechanism, initialization=start)
-    streams = _streams(config, plan, checkpoint, shown_step)
-    model = _network(config, facts, splits)
-    _begin(model, config, plan, streams)
+    cache = _feature_cache(config)
+    features = cache.identity if cache is not None else None
+    arithmetic = arithmetic_of(plan, config, features=features)
+    streams = _streams(config, plan, arithmetic, checkpoint, shown_step)
+    model = _begun_network(config, plan, splits, streams)
     frozen = frozen_tensors(model)
     state = _initial_state(config, trainable_params(model))
     if checkpoint is not None:
@@ -109,7 +113,7 @@ def assemble(
     constants = {
         **identity,
         "initialization": start and start.to_dict(),
-        "arithmetic": arithmetic_of(plan, config),
+        "arithmetic": arithmetic,
         "mechanism": plan.mechanism.to_dict(),
         "streams": streams.to_dict(),
     }
@@ -123,7 +127,7 @@ def assemble(
         evaluate=evaluator(config, splits, model, facts.class_names, plan.device),
         ledger=_ledger(config, plan),
         sampler=_sampler(plan, splits, streams),
-        load_views=_view_loader(config, plan, splits, streams),
+        load_views=_loader(config, plan, splits, streams, model, cache),
         grad_fn=build_gradient_engine(config, plan, model),
         secure_noise=_secure_noise(config, plan, state.params),
         unaccounted_step=_unaccounted_step(config, splits, streams, model),
@@ -171,26 +175,30 @@ def _initialization(
 
 
 def _streams(
-    config: Config, plan: Plan, checkpoint: Checkpoint | None, shown_step: int
+    config: Config,
+    plan: Plan,
+    arithmetic: Mapping[str, Any],
+    checkpoint: Checkpoint | None,
+    shown_step: int,
 ) -> RandomStreams:
     """Returns new streams, or those with which a checkpoint's run goes on."""
     if checkpoint is None:
         return RandomStreams.from_seed(config.train.seed)
     check_mechanism(config, plan)
-    arithmetic = arithmetic_of(plan, config)
     return continued_streams(checkpoint, arithmetic=arithmetic, shown_step=shown_step)
 
 
-def _begin(
-    model: nn.Module, config: Config, plan: Plan, streams: RandomStreams
-) -> None:
-    """Gives a network its first parameters, freezes it, and puts it on the device."""
+def _begun_network(
+    config: Config, plan: Plan, splits: DataSplits, streams: RandomStreams
+) -> nn.Module:
+    """Returns the network with its first parameters, frozen, on the device."""
+    model = _network(config, plan.facts, splits)
     initialize(model, streams.generator("init"))
     if plan.initialization is not None:
         plan.initialization.apply(model)
     freeze(model, config.finetune.train)
     check_model(model, plan.facts.image_shape)
-    model.to(plan.device)
+    return model.to(plan.device)
 
 
 def _facts(config: Config, splits: DataSplits) -> PublicFacts:
@@ -260,10 +268,9 @@ def _unaccounted_step(
         return None
     size = int(config.privacy.expected_batch_size)
     num_rows = len(splits.train)
-    loss_fn = per_example_loss(model, label_smoothing=config.train.label_smoothing)
     return NonPrivateStep(
         sampler=ShuffledSampler(num_rows=num_rows, batch_size=size, streams=streams),
-        grad_fn=SummedGrad(loss_fn),
+        grad_fn=SummedGrad(loss_of(config, model)),
     )
 
 
@@ -299,6 +306,31 @@ def _view_loader(
         microbatch_size=plan.microbatch_size,
         padded_to=half if ends_early else None,
         dtype=getattr(torch, config.model.compute_dtype),
+        device=plan.device,
+    )
+
+
+def _feature_cache(config: Config) -> FeatureCache | None:
+    """Returns the features that stand for views, if any do."""
+    path = config.runtime.feature_cache
+    return FeatureCache(Path(path).expanduser()) if path is not None else None
+
+
+def _loader(
+    config: Config,
+    plan: Plan,
+    splits: DataSplits,
+    streams: RandomStreams,
+    model: nn.Module,
+    cache: FeatureCache | None,
+) -> LoadViews:
+    """Returns what turns draws of the training set into views, or their features."""
+    if cache is None:
+        return _view_loader(config, plan, splits, streams)
+    return FeatureLoader(
+        cache.load(model, splits.train, config),
+        splits.train.labels,
+        microbatch_size=plan.microbatch_size,
         device=plan.device,
     )
 

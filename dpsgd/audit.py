@@ -145,6 +145,10 @@ def _check(config: Config, *numbers: int) -> None:
     if not config.privacy.enabled:
         rule = "a run without privacy claims nothing that could be refuted"
         raise ConfigError(fault("privacy.enabled", False, rule, "audit a private run"))
+    if config.runtime.feature_cache is not None:
+        rule = "canaries have no features in it"
+        path = config.runtime.feature_cache
+        raise ConfigError(fault("runtime.feature_cache", path, rule, "remove it"))
     if config.privacy.unit != "example":
         rule = "canaries are examples, and tell nothing of whole users"
         remedy = "audit the run with privacy.unit=example"

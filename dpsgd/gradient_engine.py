@@ -1,30 +1,41 @@
 """Chooses and builds the gradient engine of a run, from its settings and its device."""
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
-from dpsgd.clipping import ClippedGrad, Engine, Execution, clipped_grad
+from dpsgd.clipping import ClippedGrad, Engine, Execution, LossFn, clipped_grad
 from dpsgd.config import Config
 from dpsgd.errors import ConfigError, fault
-from dpsgd.models import per_example_loss, per_user_loss
+from dpsgd.models import classifier_loss, per_example_loss, per_user_loss
 from dpsgd.planning import Plan
 
-__all__ = ["build_gradient_engine", "execution_of"]
+__all__ = ["build_gradient_engine", "execution_of", "loss_of"]
 
 
 def build_gradient_engine(config: Config, plan: Plan, model: nn.Module) -> ClippedGrad:
     """Returns "Compute gradient" and "Clip gradient" for the network."""
     # Shapes are fixed, so the search for the fastest convolution pays at once.
     torch.backends.cudnn.benchmark = plan.device.type == "cuda"
-    loss_of = per_user_loss if plan.mechanism.unit == "user" else per_example_loss
     return clipped_grad(
-        loss_of(model, label_smoothing=config.train.label_smoothing),
+        loss_of(config, model),
         clipping_norm=plan.mechanism.clipping_norm,
         rescale_to_unit_norm=plan.mechanism.rescale_to_unit_norm,
         microbatch_size=plan.microbatch_size,
         engine=_engine(config, plan),
         execution=execution_of(config, plan),
     )
+
+
+def loss_of(config: Config, model: nn.Module) -> LossFn:
+    """Returns the loss of one unit: of its views, or of their cached features."""
+    loss: Callable[..., LossFn] = per_example_loss
+    if config.privacy.unit == "user":
+        loss = per_user_loss
+    if config.runtime.feature_cache is not None:
+        loss = classifier_loss
+    return loss(model, label_smoothing=config.train.label_smoothing)
 
 
 def _engine(config: Config, plan: Plan) -> Engine:
@@ -47,8 +58,9 @@ def _engine(config: Config, plan: Plan) -> Engine:
         raise ConfigError(fault("runtime.engine", "ghost", rule, remedy))
     if runtime.engine != "auto":
         return runtime.engine
-    on_gpu = plan.device.type == "cuda"
-    return "ghost" if on_gpu and not is_compiled and not is_secure else "vmap"
+    # On features a pass is one matrix product, if no example's gradient is stored.
+    is_worth_it = plan.device.type == "cuda" or runtime.feature_cache is not None
+    return "ghost" if is_worth_it and not is_compiled and not is_secure else "vmap"
 
 
 def execution_of(config: Config, plan: Plan) -> Execution:

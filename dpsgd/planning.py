@@ -2,7 +2,7 @@
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from dpsgd.clipping import MicrobatchMemory, measure_microbatch
 from dpsgd.config import Config
 from dpsgd.data import PublicFacts
 from dpsgd.errors import ConfigError, fault
-from dpsgd.models import build_model, freeze, trainable_params
+from dpsgd.models import CLASSIFIER, build_model, freeze, trainable_params
 from dpsgd.privacy import (
     Accountant,
     DPSGDMechanism,
@@ -28,6 +28,7 @@ __all__ = ["Plan", "build_mechanism", "choose_device", "make_plan", "outline"]
 
 _MEMORY_SHARE = 0.6
 _CPU_MICROBATCH_BYTES = 1 << 30
+_FLOAT32_BYTES = 4
 _VIEWS_PER_PASS = {"cpu": 256, "cuda": 2048}
 _NO_GUARANTEE = [
     ("privacy", "NONE: nothing is clipped, no noise is added, nothing is guaranteed"),
@@ -76,18 +77,20 @@ class Plan:
         units = f"{self.mechanism.unit}s"
         needed = self.memory.total(self.microbatch_size) / 2**20
         views = config.data.augmentation_multiplicity
+        fixed = ", the same in every step" if config.data.fixed_views else ""
         seeded = config.train.seed is not None
-        private = config.privacy.enabled
+        private, cache = config.privacy.enabled, config.runtime.feature_cache
         return [
             (units, f"{self.facts.num_examples:,} (public, declared)"),
             *(self._sampling_rows(config) if private else self._shuffling_rows()),
-            ("views an example", f"{views} ({config.data.augmentation})"),
+            ("views an example", f"{views} ({config.data.augmentation}){fixed}"),
             ("normalisation", _constants(config)),
             ("steps", f"{self.mechanism.num_steps:,}"),
             *(self._guarantee_rows(config) if private else _NO_GUARANTEE),
             ("network", f"{config.model.name}, {config.model.compute_dtype}"),
             *(self.initialization.rows() if self.initialization else []),
             ("parameters", self._parameters(config)),
+            *([("features", f"kept in {cache}")] if cache else []),
             (
                 "microbatch",
                 f"{self.microbatch_size} {units}, about {needed:,.0f} MiB on "
@@ -260,14 +263,7 @@ def make_plan(
     """
     device = choose_device(config.runtime.device)
     model = outline(config, facts)
-    memory = measure_microbatch(
-        model,
-        image_shape=facts.image_shape,
-        num_views=config.views_per_unit,
-        device=device.type,
-        compute_dtype=getattr(torch, config.model.compute_dtype),
-        per_sample=config.privacy.enabled,
-    )
+    memory = _memory(config, facts, model, device)
     microbatch_size = _choose_microbatch_size(config, memory, device)
     trained = trainable_params(model)
     accountant = build_accountant(config.privacy.accountant)
@@ -301,6 +297,33 @@ def outline(config: Config, facts: PublicFacts) -> nn.Module:
     return model
 
 
+def _memory(
+    config: Config, facts: PublicFacts, model: nn.Module, device: torch.device
+) -> MicrobatchMemory:
+    """Returns what a microbatch takes, of images or of their cached features."""
+    shape: tuple[int, ...] = facts.image_shape
+    per_sample, held = config.privacy.enabled, 0
+    dtype = getattr(torch, config.model.compute_dtype)
+    if config.runtime.feature_cache is not None:
+        model = model.get_submodule(CLASSIFIER)
+        shape = model.get_parameter("weight").shape[1:]
+        num_features = config.data.augmentation_multiplicity * math.prod(shape)
+        dtype = torch.float32  # of the features
+        held = _FLOAT32_BYTES * facts.num_examples * num_features
+        # The ghost engine, which is the default on features, stores no gradients.
+        is_stored = config.runtime.engine == "vmap" or config.privacy.noise == "secure"
+        per_sample = per_sample and is_stored
+    memory = measure_microbatch(
+        model,
+        image_shape=shape,
+        num_views=config.views_per_unit,
+        device=device.type,
+        compute_dtype=dtype,
+        per_sample=per_sample,
+    )
+    return replace(memory, fixed=memory.fixed + held)
+
+
 def _choose_microbatch_size(
     config: Config, memory: MicrobatchMemory, device: torch.device
 ) -> int:
@@ -319,10 +342,10 @@ def _choose_microbatch_size(
     if device.type == "cpu":
         share = min(share, memory.fixed + _CPU_MICROBATCH_BYTES)
     most = min(
-        memory.largest_fitting(share),
-        _VIEWS_PER_PASS[device.type] // config.views_per_unit,
-        math.ceil(config.privacy.expected_batch_size),
+        memory.largest_fitting(share), math.ceil(config.privacy.expected_batch_size)
     )
+    if config.runtime.feature_cache is None:
+        most = min(most, _VIEWS_PER_PASS[device.type] // config.views_per_unit)
     return 1 << max(0, most.bit_length() - 1)  # a power of two, at least 1
 
 

@@ -98,10 +98,17 @@ def check_mechanism(config: Config, plan: Plan) -> None:
         raise CheckpointError("\n".join(f"{line}; {_REMEDY}" for line in lines))
 
 
-def arithmetic_of(plan: Plan, config: Config) -> dict[str, Any]:
+def arithmetic_of(
+    plan: Plan, config: Config, *, features: str | None = None
+) -> dict[str, Any]:
     """Returns what rounding depends on: equal values repeat a CPU run bit for bit.
 
     Not so with secure noise, which is never the same twice.
+
+    Args:
+        plan: The plan.
+        config: Settings.
+        features: Identity of the cached features that stand for views, if any do.
     """
     return {
         "noise": config.privacy.noise,
@@ -112,6 +119,7 @@ def arithmetic_of(plan: Plan, config: Config) -> dict[str, Any]:
         "microbatch_size": plan.microbatch_size,
         "engine": config.runtime.engine,
         "execution": config.runtime.execution,
+        "features": features,
     }
 
 

@@ -1,12 +1,13 @@
 """Arithmetic on `dict[str, Tensor]`, the one form that parameters take here."""
 
+import hashlib
 import math
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-__all__ = ["Params", "num_elements", "zeros_like"]
+__all__ = ["Params", "num_elements", "sha256", "zeros_like"]
 
 Params = dict[str, Tensor]
 
@@ -31,3 +32,13 @@ def zeros_like(
     if zeros:
         torch._foreach_zero_(list(zeros.values()))  # one launch, not one a leaf
     return zeros
+
+
+def sha256(params: Mapping[str, Tensor]) -> str:
+    """Returns a digest of names, shapes and values, as 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for name in sorted(params):
+        leaf = params[name].detach().cpu().contiguous()
+        digest.update(f"{name} {leaf.dtype} {tuple(leaf.shape)}".encode())
+        digest.update(leaf.numpy().data)
+    return digest.hexdigest()

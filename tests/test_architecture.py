@@ -14,7 +14,7 @@ LAYERS = {
     **dict.fromkeys(["data", "models", "privacy"], 1),
     **dict.fromkeys(["clipping", "optim"], 2),
     **dict.fromkeys(["evaluate", "checkpoint", "report"], 3),
-    **dict.fromkeys(["sweep", "train", "weights"], 4),
+    **dict.fromkeys(["features", "sweep", "train", "weights"], 4),
     **dict.fromkeys(["planning", "persistence", "non_private"], 5),
     **dict.fromkeys(["gradient_engine", "resumption"], 6),
     "assembly": 7,

@@ -48,7 +48,7 @@ class MicrobatchMemory:
 def measure_microbatch(
     model: nn.Module,
     *,
-    image_shape: tuple[int, int, int],
+    image_shape: tuple[int, ...],
     num_views: int,
     device: str = "cpu",
     compute_dtype: torch.dtype = torch.float32,
@@ -60,7 +60,7 @@ def measure_microbatch(
         model: Network whose parameters are on the meta device. Frozen ones have no
             gradients; the activations that a backward pass would need are counted
             all the same, because a forward pass holds some of them.
-        image_shape: (C, H, W) of one image.
+        image_shape: (C, H, W) of one image, or whatever else the model is given.
         num_views: Views K of each example.
         device: Type of the device that is planned for, `cpu` or `cuda`.
         compute_dtype: Type of the activations.

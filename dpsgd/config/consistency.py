@@ -26,7 +26,7 @@ def faults_between_settings(config: Config) -> list[str]:
         rule = f"must be below train.num_steps ({config.train.num_steps})"
         value = config.optimizer.warmup_steps
         faults.append(fault("optimizer.warmup_steps", value, rule, "shorten it"))
-    return faults + _faults_without_weights(config)
+    return faults + _faults_without_weights(config) + _cache_faults(config)
 
 
 def missing_delta(privacy: Any) -> list[str]:
@@ -135,4 +135,31 @@ def _faults_without_weights(config: Config) -> list[str]:
         fault(f"finetune.{field.name}", value, rule, remedy)
         for field in dataclasses.fields(config.finetune)
         if (value := getattr(config.finetune, field.name)) != field.default
+    ]
+
+
+def _cache_faults(config: Config) -> list[str]:
+    """Returns why features cannot be computed once, if they are to be."""
+    path = config.runtime.feature_cache
+    if path is None:
+        return []
+    augmentation = config.data.augmentation
+    reasons = {
+        "only the features of a frozen network can be kept": (
+            config.finetune.train != "classifier",
+            "set finetune.train=classifier, or remove it",
+        ),
+        f"data.augmentation={augmentation} makes new views a step": (
+            augmentation != "none" and not config.data.fixed_views,
+            "set data.fixed_views=true or data.augmentation=none",
+        ),
+        "the examples of users are not kept": (
+            config.privacy.unit == "user",
+            "remove it",
+        ),
+    }
+    return [
+        fault("runtime.feature_cache", path, rule, remedy)
+        for rule, (holds, remedy) in reasons.items()
+        if holds
     ]

@@ -109,10 +109,18 @@ def with_absolute_paths(config: Config) -> Config:
     data = dataclasses.replace(
         data, train=absolute(data.train), test=absolute(data.test)
     )
-    model = config.model
-    if model.init_from and not _NAMED_WEIGHTS.match(model.init_from):
-        model = dataclasses.replace(model, init_from=os.path.abspath(model.init_from))
-    return dataclasses.replace(config, data=data, model=model)
+    runtime, model = config.runtime, config.model
+    runtime = dataclasses.replace(
+        runtime, feature_cache=_absolute(runtime.feature_cache)
+    )
+    if not _NAMED_WEIGHTS.match(model.init_from or ""):
+        model = dataclasses.replace(model, init_from=_absolute(model.init_from))
+    return dataclasses.replace(config, data=data, model=model, runtime=runtime)
+
+
+def _absolute(path: str | None) -> str | None:
+    """Returns a path as it is found from any working directory."""
+    return path and os.path.abspath(os.path.expanduser(path))
 
 
 class _PlainLoader(yaml.SafeLoader):

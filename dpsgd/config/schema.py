@@ -97,6 +97,10 @@ class DataConfig:
     augmentation_multiplicity: PositiveInt = 1
     """Views K of each example, averaged before clipping: they cost no privacy."""
 
+    fixed_views: bool = False
+    """Give an example the same K views in every step and every run, by its row and
+    their number alone, so that their features can be cached."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
@@ -286,6 +290,11 @@ class RuntimeConfig:
     execution: Literal["auto", "eager", "compile", "cuda_graph"] = "auto"
     """How the gradient pass runs: operator by operator, compiled with torch.compile, or
     recorded once and replayed. `auto` replays on CUDA and is eager elsewhere."""
+
+    feature_cache: str | None = None
+    """File that keeps the features of frozen layers, made if it is not there, for
+    `finetune.train: classifier` and views that are the same in every step. It is as
+    private as the training data."""
 
     checkpoint_every: PositiveInt = 100
     """Steps between checkpoints; every evaluation is preceded by one as well."""

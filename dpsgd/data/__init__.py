@@ -11,7 +11,7 @@ from dpsgd.data.canaries import (
     extended,
     mislabelled,
 )
-from dpsgd.data.dataset import DataSplits, ImageDataset, place
+from dpsgd.data.dataset import DataSplits, ImageDataset, has_room, place, upload
 from dpsgd.data.facts import PublicFacts, declared_num_examples, published_facts
 from dpsgd.data.sampling import Microbatch, PoissonSampler, microbatches
 from dpsgd.data.sources import SOURCES, load_datasets
@@ -34,6 +34,7 @@ __all__ = [
     "draw_coins",
     "draw_views",
     "extended",
+    "has_room",
     "load_datasets",
     "make_views",
     "microbatches",
@@ -41,4 +42,5 @@ __all__ = [
     "normalize",
     "place",
     "published_facts",
+    "upload",
 ]

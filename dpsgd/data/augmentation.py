@@ -58,6 +58,12 @@ class ViewParameters:
             flips = torch.cat([flips, flips.new_zeros(missing, *flips.shape[1:])])
         return ViewParameters(offsets=offsets, flips=flips, padding=self.padding)
 
+    def of(self, rows: Tensor) -> "ViewParameters":
+        """Returns the parameters of some examples, by their rows here (R,)."""
+        return ViewParameters(
+            offsets=self.offsets[rows], flips=self.flips[rows], padding=self.padding
+        )
+
     def to(self, device: torch.device | str) -> "ViewParameters":
         """Returns the parameters on `device`."""
         return ViewParameters(

@@ -10,13 +10,21 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dpsgd.config import DataConfig
-from dpsgd.data.augmentation import cut_views, draw_views, pixel_levels
+from dpsgd.data.augmentation import (
+    ViewParameters,
+    cut_views,
+    draw_views,
+    pixel_levels,
+)
 from dpsgd.data.dataset import ImageDataset, upload
 from dpsgd.data.sampling import microbatches
 from dpsgd.data.users import UserExamples
 from dpsgd.rng import RandomStreams
 
 __all__ = ["LoadViews", "UserViewLoader", "ViewLoader"]
+
+# Which views an example has need not be secret; other runs then find them the same.
+_SEED_OF_FIXED_VIEWS = 0
 
 
 class LoadViews(Protocol):
@@ -45,7 +53,8 @@ class ViewLoader:
 
     Args:
         dataset: Training examples, on any device.
-        config: Augmentation, its multiplicity, and normalisation constants.
+        config: Augmentation, its multiplicity, and normalisation constants. With
+            `fixed_views` an example has the same views in every step.
         streams: Streams of the run, of which `augmentation` is used.
         microbatch_size: Examples M of every microbatch; the last one is padded.
         padded_to: The last one is padded to a multiple of this; None pads it to M.
@@ -74,11 +83,13 @@ class ViewLoader:
         self._microbatch_size = microbatch_size
         self._padded_to = padded_to
         self._device = device
+        self._fixed: ViewParameters | None = None
 
     def holding(self, dataset: ImageDataset) -> Self:
         """Returns a loader of other examples, the same in all else."""
         other = copy.copy(self)
         other._dataset = dataset
+        other._fixed = None
         return other
 
     def __call__(
@@ -94,13 +105,7 @@ class ViewLoader:
         """
         if len(draw) == 0:
             return
-        parameters = draw_views(
-            self._streams.generator("augmentation", step),
-            len(draw),
-            augmentation=self._config.augmentation,
-            crop_padding=self._config.crop_padding,
-            augmentation_multiplicity=self._config.augmentation_multiplicity,
-        ).to(self._device)
+        parameters = self._parameters(draw, step).to(self._device)
         parts = list(
             microbatches(draw, self._microbatch_size, padded_to=self._padded_to)
         )
@@ -117,6 +122,27 @@ class ViewLoader:
                 images, self._levels, parameters.microbatch(part.start, size)
             )
             yield views, labels[place], mask[place]
+
+    def _parameters(self, draw: NDArray[np.int64], step: int) -> ViewParameters:
+        """Returns the views of all examples of a step."""
+        if not self._config.fixed_views:
+            rng = self._streams.generator("augmentation", step)
+            return self._drawn(rng, len(draw))
+        if self._fixed is None:
+            streams = RandomStreams.from_seed(_SEED_OF_FIXED_VIEWS)
+            rng = streams.generator("augmentation")
+            self._fixed = self._drawn(rng, len(self._dataset))
+        return self._fixed.of(torch.from_numpy(draw))
+
+    def _drawn(self, rng: np.random.Generator, num_examples: int) -> ViewParameters:
+        """Draws the views of examples, as configured."""
+        return draw_views(
+            rng,
+            num_examples,
+            augmentation=self._config.augmentation,
+            crop_padding=self._config.crop_padding,
+            augmentation_multiplicity=self._config.augmentation_multiplicity,
+        )
 
 
 @final

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dpsgd.errors import DataError, fault
 
-__all__ = ["DataSplits", "ImageDataset", "place", "upload"]
+__all__ = ["DataSplits", "ImageDataset", "has_room", "place", "upload"]
 
 # Activations and per-sample gradients need the rest of the memory.
 _SHARE_OF_FREE_MEMORY = 1 / 3
@@ -168,13 +168,17 @@ def place(dataset: ImageDataset, device: torch.device | str) -> ImageDataset:
         device: CPU, or a CUDA device; it is used if the data set takes at most a
             third of the memory that is free on it.
     """
+    needed = dataset.images.nbytes + dataset.labels.nbytes
+    return dataset.to(device) if has_room(device, needed) else dataset
+
+
+def has_room(device: torch.device | str, num_bytes: int) -> bool:
+    """Returns whether data of some size fit on a device with ample room to work."""
     target = torch.device(device)
-    if target.type == "cuda":
-        free_bytes, _ = torch.cuda.mem_get_info(target)
-        needed = dataset.images.nbytes + dataset.labels.nbytes
-        if needed > free_bytes * _SHARE_OF_FREE_MEMORY:
-            return dataset
-    return dataset.to(target)
+    if target.type != "cuda":
+        return True
+    free_bytes, _ = torch.cuda.mem_get_info(target)
+    return num_bytes <= free_bytes * _SHARE_OF_FREE_MEMORY
 
 
 def upload(tensor: Tensor, device: torch.device | str) -> Tensor:

@@ -28,6 +28,7 @@ __all__ = [
     "MODELS",
     "build_model",
     "check_model",
+    "classifier_loss",
     "freeze",
     "frozen_tensors",
     "initialize",
@@ -105,6 +106,32 @@ def per_example_loss(
         logits = functional_call(model, params, (views,))
         labels = label.expand(logits.shape[0])
         return F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+
+    return loss
+
+
+def classifier_loss(
+    model: nn.Module, *, label_smoothing: float = 0.0
+) -> Callable[[Params, Tensor, Tensor], Tensor]:
+    """Returns the loss of one example as a function of its features.
+
+    Args:
+        model: Network, whose last layer is its module `classifier`.
+        label_smoothing: As for `per_example_loss`.
+
+    Returns:
+        `loss(params, features, label)` of `features` (K, F), what the classifier is
+        given for each view, otherwise as that of `per_example_loss`.
+    """
+    loss_of = per_example_loss(
+        model.get_submodule(CLASSIFIER), label_smoothing=label_smoothing
+    )
+
+    def loss(params: Params, features: Tensor, label: Tensor) -> Tensor:
+        own = {
+            name.removeprefix(f"{CLASSIFIER}."): leaf for name, leaf in params.items()
+        }
+        return loss_of(own, features, label)
 
     return loss
 

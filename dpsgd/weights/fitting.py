@@ -1,6 +1,5 @@
 """Fits weights to a network, and says what became of every tensor."""
 
-import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Self
@@ -11,7 +10,7 @@ from torch import nn
 from dpsgd.config import Config
 from dpsgd.errors import ConfigError, fault
 from dpsgd.models import CLASSIFIER
-from dpsgd.trees import Params
+from dpsgd.trees import Params, sha256
 from dpsgd.weights.named import renamed
 from dpsgd.weights.sources import Weights
 
@@ -121,7 +120,7 @@ def fit(weights: Weights, model: nn.Module, config: Config) -> Initialization:
     return Initialization(
         source=weights.source,
         guarantee=weights.guarantee,
-        sha256=_sha256(tensors),
+        sha256=sha256(tensors),
         loaded=tuple(loaded),
         reinitialized=tuple(drawn),
         classifier=config.finetune.classifier,
@@ -195,15 +194,6 @@ def _not_finite(tensors: Params) -> list[tuple[str, str]]:
         for name, leaf in tensors.items()
         if not bool(torch.isfinite(leaf).all())
     ]
-
-
-def _sha256(tensors: Params) -> str:
-    """Returns a digest of names and values."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(name.encode())
-        digest.update(tensors[name].contiguous().numpy().data)
-    return digest.hexdigest()
 
 
 def _listed(names: tuple[str, ...]) -> str:
