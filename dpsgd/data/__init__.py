@@ -13,17 +13,23 @@ from dpsgd.data.canaries import (
 )
 from dpsgd.data.dataset import DataSplits, ImageDataset, has_room, place, upload
 from dpsgd.data.facts import PublicFacts, declared_num_examples, published_facts
+from dpsgd.data.overlap import FRAMINGS, Framing, Matches, find_matches
+from dpsgd.data.overlap_report import Overlap
 from dpsgd.data.sampling import Microbatch, PoissonSampler, microbatches
-from dpsgd.data.sources import SOURCES, load_datasets
+from dpsgd.data.sources import SOURCES, load_datasets, load_images
 from dpsgd.data.users import UserExamples
 
 __all__ = [
+    "FRAMINGS",
     "SOURCES",
     "DataSplits",
+    "Framing",
     "GradientCanaries",
     "ImageDataset",
     "LoadViews",
+    "Matches",
     "Microbatch",
+    "Overlap",
     "PoissonSampler",
     "PublicFacts",
     "UserExamples",
@@ -34,8 +40,10 @@ __all__ = [
     "draw_coins",
     "draw_views",
     "extended",
+    "find_matches",
     "has_room",
     "load_datasets",
+    "load_images",
     "make_views",
     "microbatches",
     "mislabelled",

@@ -21,7 +21,7 @@ from dpsgd.errors import ConfigError, DataError, fault
 if TYPE_CHECKING:
     import PIL.Image
 
-__all__ = ["EncodedImage", "decode_images", "resolve_splits"]
+__all__ = ["EncodedImage", "decode_images", "resolve", "resolve_splits"]
 
 # Large enough to hide the start of each task, small enough to share evenly.
 _IMAGES_PER_TASK = 64
@@ -69,8 +69,8 @@ def resolve_splits(
         ConfigError: `data.train` or `data.test` is not given.
         DataError: A path does not exist, a folder is empty, or a path occurs twice.
     """
-    train = _resolve("data.train", config.train, shard_suffix)
-    test = _resolve("data.test", config.test, shard_suffix)
+    train = resolve("data.train", config.train, shard_suffix=shard_suffix)
+    test = resolve("data.test", config.test, shard_suffix=shard_suffix)
     seen: set[Path] = set()
     for field, paths in (("data.train", train), ("data.test", test)):
         for path in paths:
@@ -121,10 +121,20 @@ def decode_images(encoded: Iterable[EncodedImage], count: int) -> Tensor:
     return torch.from_numpy(images)
 
 
-def _resolve(
-    field: str, value: str | tuple[str, ...] | None, shard_suffix: str | None
+def resolve(
+    field: str, value: str | tuple[str, ...] | None, *, shard_suffix: str | None
 ) -> list[Path]:
-    """Returns the paths that one setting stands for."""
+    """Returns the paths that one setting stands for.
+
+    Args:
+        field: The setting, for messages.
+        value: Path, glob, or a list of them.
+        shard_suffix: As for `resolve_splits`.
+
+    Raises:
+        ConfigError: Nothing is given.
+        DataError: A path does not exist, or a folder is empty.
+    """
     if not value:
         message = fault(
             field,

@@ -6,10 +6,10 @@ import torch
 
 from dpsgd.config.schema import DataConfig
 from dpsgd.data.dataset import DataSplits, ImageDataset
-from dpsgd.data.files import EncodedImage, decode_images, resolve_splits
+from dpsgd.data.files import EncodedImage, decode_images, resolve, resolve_splits
 from dpsgd.errors import DataError, fault
 
-__all__ = ["load_image_folder"]
+__all__ = ["load_folder_images", "load_image_folder"]
 
 _SUFFIXES = frozenset(
     {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
@@ -102,3 +102,23 @@ def _image_paths(field: str, folder: Path) -> list[Path]:
         )
         raise DataError(message)
     return paths
+
+
+def load_folder_images(field: str, value: str) -> tuple[ImageDataset, list[str]]:
+    """Loads the images of a folder of class folders, and the path of each.
+
+    Args:
+        field: What names it, for messages.
+        value: The folder.
+
+    Raises:
+        DataError: As for `load_image_folder`.
+    """
+    roots = resolve(field, value, shard_suffix=None)
+    places = [
+        str(path)
+        for root in roots
+        for folder in _class_folders(field, root)
+        for path in _image_paths(field, folder)
+    ]
+    return _load_split(field, roots), places

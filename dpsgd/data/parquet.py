@@ -20,10 +20,10 @@ from torch import Tensor
 
 from dpsgd.config.schema import DataConfig
 from dpsgd.data.dataset import DataSplits, ImageDataset
-from dpsgd.data.files import EncodedImage, decode_images, resolve_splits
+from dpsgd.data.files import EncodedImage, decode_images, resolve, resolve_splits
 from dpsgd.errors import ConfigError, DataError, fault
 
-__all__ = ["load_parquet"]
+__all__ = ["load_parquet", "load_parquet_images"]
 
 _ROWS_PER_READ = 1024
 _KINDS = {
@@ -334,3 +334,24 @@ def _reading(field: str, path: Path) -> Iterator[None]:
 def _place(path: Path, row: int) -> str:
     """Returns how messages call a row."""
     return f"{path}, row {row}"
+
+
+def load_parquet_images(field: str, value: str) -> tuple[ImageDataset, list[str]]:
+    """Loads the images of parquet files, and where each is, as `file, row`.
+
+    Args:
+        field: What names them, for messages.
+        value: File, glob or folder of shards.
+
+    Raises:
+        ConfigError: A column is ambiguous.
+        DataError: A file, image or label is missing, damaged or unlike the others.
+    """
+    paths = resolve(field, value, shard_suffix=".parquet")
+    shards = _open_shards(field, paths, DataConfig(source="parquet"))
+    places = [
+        f"{shard.path.name}, row {row}"
+        for shard in shards
+        for row in range(shard.file.metadata.num_rows)
+    ]
+    return _load_split(shards), places

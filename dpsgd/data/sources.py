@@ -7,6 +7,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,14 +16,15 @@ from torch import Tensor
 
 from dpsgd.config.schema import DataConfig
 from dpsgd.data.dataset import DataSplits, ImageDataset
-from dpsgd.data.image_folder import load_image_folder
-from dpsgd.data.parquet import load_parquet
+from dpsgd.data.image_folder import load_folder_images, load_image_folder
+from dpsgd.data.parquet import load_parquet, load_parquet_images
 from dpsgd.errors import ConfigError, DataError, fault
 
 __all__ = [
     "SOURCES",
     "load_datasets",
     "load_digits",
+    "load_images",
     "load_torchvision",
 ]
 
@@ -51,6 +53,22 @@ def load_datasets(config: DataConfig) -> DataSplits:
         DataError: The data are missing, damaged or unlike what was declared.
     """
     return SOURCES[config.source](config)
+
+
+def load_images(field: str, value: str) -> tuple[ImageDataset, list[str]]:
+    """Loads one set of images from files, and says where each of them is.
+
+    Args:
+        field: What names the set, for messages.
+        value: Parquet file, glob or folder of them, or a folder of class folders.
+
+    Raises:
+        UserError: The files are missing, damaged or unlike one another.
+    """
+    path = Path(value).expanduser()
+    if path.is_dir() and not any(path.glob("*.parquet")):
+        return load_folder_images(field, value)
+    return load_parquet_images(field, value)
 
 
 def load_digits(config: DataConfig) -> DataSplits:

@@ -1,0 +1,170 @@
+"""`bin/dpsgd-data`: what to know of data before they are trained on."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from torch import Tensor
+
+from dpsgd.checkpoint import write_atomically
+from dpsgd.cli.errors import UsageParser, exit_code
+from dpsgd.data import (
+    FRAMINGS,
+    Framing,
+    Matches,
+    Overlap,
+    find_matches,
+    load_images,
+)
+from dpsgd.errors import ConfigError, fault
+from dpsgd.report import plan_table, to_json
+
+__all__ = ["main"]
+
+_PAIRS_SHOWN = 100
+_EPILOG = """\
+One set may squash whole photographs into squares where the other crops their centre, so
+central crops of the images of one set are compared with those of the other, mirrored
+too. The score is the correlation of fine detail. The threshold is the best score that
+public images reach upside down, where no match is a duplicate. DIR gets overlap.json,
+with every pair above it, and overlap.png, with the best pairs side by side: look at it.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command.
+
+    Args:
+        argv: Arguments; None takes those of the process.
+
+    Returns:
+        0, or 2 when something given is at fault.
+    """
+    return exit_code(lambda: _overlap(_parse(argv)))
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Reads the arguments."""
+    parser = UsageParser(prog="dpsgd-data", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    overlap = commands.add_parser(
+        "overlap",
+        help="near-duplicates between a public and a private set",
+        description="Finds near-duplicates between a public and a private set.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    kinds = "parquet file, glob or folder, or folder of class folders"
+    overlap.add_argument("public", metavar="PUBLIC", help=kinds)
+    overlap.add_argument("private", metavar="PRIVATE", help="the same")
+    overlap.add_argument(
+        "--out",
+        type=Path,
+        default=Path("overlap"),
+        metavar="DIR",
+        help="default: %(default)s",
+    )
+    overlap.add_argument(
+        "--crop",
+        choices=["both", "public", "private"],
+        default="both",
+        help="whose images are cropped to match the other's (default: %(default)s)",
+    )
+    overlap.add_argument(
+        "--control",
+        type=int,
+        metavar="N",
+        help="public images that are searched upside down (default: all)",
+    )
+    overlap.add_argument(
+        "--threshold", type=float, metavar="SCORE", help="default: from the control"
+    )
+    return parser.parse_args(argv)
+
+
+def _overlap(arguments: argparse.Namespace) -> int:
+    """Searches, and leaves the report."""
+    folder: Path = arguments.out
+    if folder.exists():
+        rule = "is there already, and nothing is overwritten"
+        raise ConfigError(fault("--out", folder, rule, "name another folder"))
+    console = Console(markup=False, emoji=False, highlight=False)
+    public, public_places = load_images("PUBLIC", arguments.public)
+    private, private_places = load_images("PRIVATE", arguments.private)
+    overlap = _searched(console, arguments, public.images, private.images)
+    facts = {
+        "public": len(public),
+        "private": len(private),
+        "control": len(overlap.control.scores),
+        "threshold": overlap.threshold,
+        "above": _above(overlap),
+        "pairs": overlap.pairs(public_places, private_places),
+    }
+    sheet = overlap.contact_sheet(public.images, private.images, most=_PAIRS_SHOWN)
+    folder.mkdir(parents=True)
+    write_atomically(folder / "overlap.json", to_json(facts, indent=1).encode())
+    sheet.save(folder / "overlap.png", optimize=True)
+    _show(console, facts)
+    console.print(f"pairs and pictures: {folder}", soft_wrap=True)
+    return 0
+
+
+def _searched(
+    console: Console, arguments: argparse.Namespace, public: Tensor, private: Tensor
+) -> Overlap:
+    """Searches the public images as they are, and some of them upside down."""
+    framings = _framings(arguments.crop)
+    step = max(1, len(public) // (arguments.control or len(public)))
+
+    def search(name: str, images: Tensor) -> Matches:
+        console.print(f"{name}: {len(images):,} x {len(private):,} images")
+        return find_matches(
+            images,
+            private,
+            framings=framings,
+            on_framing=lambda framing: console.print(f"  {framing}"),
+        )
+
+    matches = search("public", public)
+    control = search("control", public[::step].flip(2))
+    threshold = arguments.threshold
+    if threshold is None:
+        threshold = float(control.scores.max())
+    return Overlap(
+        matches=matches, control=control, framings=framings, threshold=threshold
+    )
+
+
+def _framings(crop: str) -> list[Framing]:
+    """Returns the framings that crop the images of the sets that were named."""
+    whole = (1.0, 1.0)
+    return [
+        framing
+        for framing in FRAMINGS
+        if (framing.public == whole or crop != "private")
+        and (framing.private == whole or crop != "public")
+    ]
+
+
+def _above(overlap: Overlap) -> list[dict[str, float]]:
+    """Returns how many pairs have a higher score than some, and how many by chance."""
+    return [
+        {"score": round(score, 2), "pairs": pairs, "by_chance": chance}
+        for score, pairs, chance in overlap.table()
+    ]
+
+
+def _show(console: Console, facts: dict[str, Any]) -> None:
+    """Prints the numbers."""
+    rows = [
+        (
+            f"score above {row['score']:.2f}",
+            f"{row['pairs']:,} pairs, {row['by_chance']:,.0f} by chance",
+        )
+        for row in facts["above"]
+    ]
+    found = f"{len(facts['pairs']):,} pairs above {facts['threshold']:.3f}"
+    rows.append(("near-duplicates", found))
+    console.print(plan_table(rows, title="Overlap"))
