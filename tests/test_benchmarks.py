@@ -4,11 +4,14 @@ import importlib.util
 import json
 import shutil
 import sys
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from small_runs import ROOT
+
+from dpsgd.config import load_config
 
 
 def benchmark_of(name: str) -> Any:
@@ -54,3 +57,35 @@ def test_curves_are_drawn_beside_their_metrics(
         drawn = f"{name}_{quantity}.svg"
         assert (tmp_path / drawn).read_text().startswith("<svg ")
         assert (ROOT / "benchmarks" / "results" / drawn).is_file()
+
+
+@pytest.mark.parametrize("network", ["wrn16-4", "wrn28-10"])
+def test_every_run_of_the_comparison_is_a_valid_one(network: str) -> None:
+    finetune = benchmark_of("finetune")
+    kinds = {"wrn16-4": 3, "wrn28-10": 2}[network]  # the latter not from scratch
+    arguments = Namespace(
+        **{
+            "network": network,
+            "folder": Path("runs"),
+            "kinds": finetune.KINDS,
+            "seeds": 2,
+        },
+        **{"epsilons": [1, 8], "set": [], "set_public": [], "set_private": []},
+    )
+    first, *others = finetune.jobs(arguments)
+
+    configs = {
+        job.name: load_config(ROOT / "configs" / f"{job.config}.yaml", job.overrides)
+        for job in (first, *others)
+    }
+    assert not configs[first.name].privacy.enabled
+    assert len(others) == 2 * 2 * kinds == len(configs) - 1
+    for job in others:
+        config = configs[job.name]
+        assert config.privacy.target_epsilon == job.epsilon
+        assert config.train.seed == job.seed
+        assert (config.model.init_from is None) == (job.kind == "scratch")
+        if job.kind != "scratch":
+            assert config.model.init_from == str(Path("runs") / first.name)
+            assert config.finetune.train == job.kind
+        assert (config.runtime.feature_cache is None) == (job.kind != "classifier")

@@ -67,9 +67,9 @@ def test_every_config_loads_and_its_header_says_how_to_run_it(path: Path) -> Non
 
     assert all(line.startswith("#") for line in header.splitlines())
     assert f"bin/dpsgd-train configs/{path.name}" in header
-    if config.data.name == "cifar10":
+    if config.model.name == "wide_resnet":
         assert "arXiv:2204.13650" in header
-        assert "Expected:" in header
+        assert "Expected:" in header or not config.privacy.enabled
 
 
 def test_every_cifar10_setting_of_the_paper_is_shipped() -> None:
@@ -84,15 +84,25 @@ def test_every_cifar10_setting_of_the_paper_is_shipped() -> None:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_the_name_of_a_config_tells_its_settings(path: Path) -> None:
-    found = re.fullmatch(r"cifar10_wrn(\d+)-(\d+)_eps(\d+)", path.stem)
+    network = r"_wrn(?P<depth>\d+)-(?P<width>\d+)"
+    private = rf"(?P<data>cifar10|cifar100){network}(?P<from>_finetune)?_eps(?P<eps>\d)"
+    public = rf"pretrain_(?P<data>[\w-]+){network}"
+    found = re.fullmatch(private, path.stem) or re.fullmatch(public, path.stem)
     config = load_config(path)
 
-    if found:
-        depth, width, epsilon = map(int, found.groups())
-        assert (config.model.depth, config.model.width) == (depth, width)
-        assert config.privacy.target_epsilon == epsilon
-    else:
+    if found is None:
         assert path.stem == config.data.source
+        return
+    told = found.groupdict()
+    assert (config.model.depth, config.model.width) == (
+        int(told["depth"]),
+        int(told["width"]),
+    )
+    assert config.privacy.enabled == ("eps" in told)
+    if config.privacy.enabled:
+        assert config.data.name == told["data"]
+        assert config.privacy.target_epsilon == int(told["eps"])
+        assert (config.model.init_from is not None) == (told["from"] is not None)
 
 
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
