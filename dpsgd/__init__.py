@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from dpsgd.models import (
         build_model,
         check_model,
+        freeze,
         initialize,
         per_example_loss,
         trainable_params,
@@ -48,6 +49,7 @@ __all__ = [
     "calibrate_num_steps",
     "check_model",
     "clipped_grad",
+    "freeze",
     "initialize",
     "load_config",
     "microbatches",
@@ -66,6 +68,7 @@ _HOMES = {
     "models": (
         "build_model",
         "check_model",
+        "freeze",
         "initialize",
         "per_example_loss",
         "trainable_params",
