@@ -1,9 +1,11 @@
-"""Views per second of one pass: ours, plain vmap(grad), and training without privacy.
+"""Views per second of one pass: ours, plain vmap(grad), Opacus, and without privacy.
 
 One process, the same shapes for every path; warm-up, then the median of 20 passes.
 A pass is forward, backward and, with privacy, the clipped sum of one microbatch.
 
-    python benchmarks/throughput.py --save benchmarks/results/throughput_NAME.json
+    pip install opacus
+    python benchmarks/throughput.py --save benchmarks/results/throughput_NAME.json \
+        --plot benchmarks/results/throughput_NAME.png
 """
 
 import argparse
@@ -11,16 +13,24 @@ import contextlib
 import importlib
 import math
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 from torch.func import functional_call
 
 from dpsgd.clipping import clipped_grad
@@ -29,6 +39,9 @@ from dpsgd.models import build_model, initialize, per_example_loss, trainable_pa
 from dpsgd.report import environment, to_json
 from dpsgd.rng import RandomStreams
 from dpsgd.trees import zeros_like
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import opacus_passes
 
 IMAGE_SHAPE, NUM_CLASSES = (3, 32, 32), 10
 # Multiply-adds of one forward pass, of which training takes three, at 2 FLOP each.
@@ -40,6 +53,7 @@ WORK = {  # name: (depth, examples, views)
     "wrn40-4 K=16": (40, 64, 16),
 }
 OPERATORS = ("fused_norm", "standardized_conv")
+DENSE_BF16_TFLOPS = 989  # of an H100 or H200 SXM, by the vendor's data sheet
 WARM_UPS, PASSES = 3, 20
 
 
@@ -91,16 +105,57 @@ def non_private(*, compiled: bool) -> Callable[..., Callable[[], Any]]:
     return build
 
 
-PATHS: dict[str, tuple[Callable[..., Callable[[], Any]], bool]] = {
-    # name: (what builds a pass, whether layers use our operators)
-    "non-private, eager": (non_private(compiled=False), False),
-    "non-private, torch.compile": (non_private(compiled=True), False),
-    "vmap(grad), eager": (private("eager"), False),
-    "vmap(grad), torch.compile": (private("compile"), False),
-    "dpsgd vmap, eager": (private("eager"), True),
-    "dpsgd vmap, CUDA graph": (private("cuda_graph"), True),
-    "dpsgd ghost, eager": (private("eager", "ghost"), True),
-    "dpsgd ghost, CUDA graph": (private("cuda_graph", "ghost"), True),
+def network(depth: int, dtype: str) -> nn.Module:
+    """Returns our Wide-ResNet."""
+    config = ModelConfig(depth=depth, width=4, compute_dtype=dtype)
+    model = build_model(config, image_shape=IMAGE_SHAPE, num_classes=NUM_CLASSES)
+    initialize(model, RandomStreams.from_seed(0).generator("init"))
+    return model
+
+
+def plain_network(depth: int, dtype: str) -> nn.Module:
+    """Returns the one that Opacus can take."""
+    del dtype  # float32, of which autocast makes what it is
+    return opacus_passes.plain_wide_resnet(
+        depth, 4, in_channels=IMAGE_SHAPE[0], num_classes=NUM_CLASSES
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contender:
+    """One way to take a pass.
+
+    Attributes:
+        build: Returns a pass of a network, images (M, K, ...) and labels (M,).
+        network: Builds the network, by depth and type.
+        uses_our_operators: Whether layers use our kernels.
+        views: The only number of views that it can take; None takes any.
+    """
+
+    build: Callable[..., Callable[[], Any]]
+    network: Callable[[int, str], nn.Module] = network
+    uses_our_operators: bool = False
+    views: int | None = None
+
+
+def _ours(execution: str, engine: str) -> Contender:
+    return Contender(build=private(execution, engine), uses_our_operators=True)
+
+
+COMPILED = "non-private, torch.compile"
+PATHS: dict[str, Contender] = {
+    "non-private, eager": Contender(build=non_private(compiled=False)),
+    COMPILED: Contender(build=non_private(compiled=True)),
+    "Opacus, hooks": Contender(build=opacus_passes.hooks, network=plain_network),
+    "Opacus, ghost": Contender(
+        build=opacus_passes.ghost, network=plain_network, views=1
+    ),
+    "vmap(grad), eager": Contender(build=private("eager")),
+    "vmap(grad), torch.compile": Contender(build=private("compile")),
+    "dpsgd vmap, eager": _ours("eager", "vmap"),
+    "dpsgd vmap, CUDA graph": _ours("cuda_graph", "vmap"),
+    "dpsgd ghost, eager": _ours("eager", "ghost"),
+    "dpsgd ghost, CUDA graph": _ours("cuda_graph", "ghost"),
 }
 
 
@@ -124,10 +179,8 @@ def measure(work: str, path: str, device: torch.device) -> dict[str, Any]:
     if device.type == "cpu":
         num_examples = max(1, 16 // num_views)
     dtype = "bfloat16" if device.type == "cuda" else "float32"
-    config = ModelConfig(depth=depth, width=4, compute_dtype=dtype)
-    model = build_model(config, image_shape=IMAGE_SHAPE, num_classes=NUM_CLASSES)
-    initialize(model, RandomStreams.from_seed(0).generator("init"))
-    model.to(device)
+    contender = PATHS[path]
+    model = contender.network(depth, dtype).to(device)
     shape = (num_examples, num_views, *IMAGE_SHAPE)
     images = torch.randn(shape, device=device, dtype=getattr(torch, dtype))
     images = images.flatten(0, 1).contiguous(memory_format=torch.channels_last)
@@ -137,14 +190,16 @@ def measure(work: str, path: str, device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    build, is_ours = PATHS[path]
+    ours = contender.uses_our_operators
     try:
-        with contextlib.nullcontext() if is_ours else plain_operators():
-            taken = seconds(build(model, images, labels), device)
+        with contextlib.nullcontext() if ours else plain_operators():
+            taken = seconds(contender.build(model, images, labels), device)
     except torch.OutOfMemoryError:
         taken = math.inf  # shown as no views a second
     speed = num_examples * num_views / taken
+    tflops = 6e-3 * GIGA_MACS[depth] * speed
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
+    peak_tflops = DENSE_BF16_TFLOPS if device.type == "cuda" else None
     return {
         "work": work,
         "path": path,
@@ -153,16 +208,15 @@ def measure(work: str, path: str, device: torch.device) -> dict[str, Any]:
         "milliseconds": 1e3 * taken,
         "views_per_second": speed,
         "peak_memory_gib": peak and peak / 2**30,
-        "tflop_per_second": 6e-3 * GIGA_MACS[depth] * speed,
+        "tflop_per_second": tflops,
+        "model_flop_utilisation": tflops / peak_tflops if peak_tflops else None,
     }
 
 
 def show(rows: list[dict[str, Any]], facts: dict[str, Any]) -> None:
     """Prints the table, with the ratio to compiled training without privacy."""
     base = {
-        row["work"]: row["views_per_second"]
-        for row in rows
-        if row["path"] == "non-private, torch.compile"
+        row["work"]: row["views_per_second"] for row in rows if row["path"] == COMPILED
     }
     table = Table(title=f"{facts['device']}, torch {facts['versions']['torch']}")
     names = (
@@ -173,6 +227,7 @@ def show(rows: list[dict[str, Any]], facts: dict[str, Any]) -> None:
         "of compiled non-private",
         "GiB",
         "TFLOP/s",
+        "MFU",
     )
     for name in names:
         table.add_column(name, justify="left" if name in names[:2] else "right")
@@ -182,8 +237,37 @@ def show(rows: list[dict[str, Any]], facts: dict[str, Any]) -> None:
         cells = (f"{row['milliseconds']:.2f}", f"{speed:,.0f}", ratio)
         gib = f"{memory:.1f}" if memory else "-"
         tflops = f"{row['tflop_per_second']:.3g}"
-        table.add_row(row["work"], row["path"], *cells, gib, tflops)
-    Console(width=120).print(table)
+        used = row["model_flop_utilisation"]
+        share = f"{used:.1%}" if used else "-"
+        table.add_row(row["work"], row["path"], *cells, gib, tflops, share)
+    Console(width=130).print(table)
+
+
+def draw(rows: list[dict[str, Any]], facts: dict[str, Any], path: Path) -> None:
+    """Draws bars of views a second, one group for each work."""
+    works = list(dict.fromkeys(row["work"] for row in rows))
+    figure, panels = plt.subplots(
+        1, len(works), figsize=(4.2 * len(works), 3.6), squeeze=False
+    )
+    for panel, work in zip(panels[0], works, strict=True):
+        shown = [row for row in reversed(rows) if row["work"] == work]
+        speeds = [row["views_per_second"] for row in shown]
+        ours = [row["path"].startswith("dpsgd") for row in shown]
+        bars = panel.barh(
+            [row["path"] for row in shown],
+            speeds,
+            color=["#1f6feb" if is_ours else "#9aa4b2" for is_ours in ours],
+        )
+        panel.bar_label(bars, fmt="{:,.0f}", padding=3, fontsize=8)
+        panel.set_title(work, fontsize=10)
+        panel.set_xlabel("views / s", fontsize=9)
+        panel.tick_params(labelsize=8)
+        panel.margins(x=0.2)
+        panel.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"{facts['device']}, torch {facts['versions']['torch']}")
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
 
 
 def main() -> None:
@@ -192,6 +276,7 @@ def main() -> None:
     parser.add_argument("--work", nargs="*", choices=list(WORK), default=list(WORK))
     parser.add_argument("--paths", nargs="*", choices=list(PATHS), default=None)
     parser.add_argument("--save", type=Path)
+    parser.add_argument("--plot", type=Path)
     arguments = parser.parse_args()
     name = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(name)
@@ -202,12 +287,15 @@ def main() -> None:
     rows = []
     for work in arguments.work:
         for path in paths:
-            rows.append(measure(work, path, device))
-            print(to_json(rows[-1]), flush=True)
+            if PATHS[path].views in (None, WORK[work][2]):
+                rows.append(measure(work, path, device))
+                print(to_json(rows[-1]), flush=True)
     facts = environment()
     show(rows, facts)
     if arguments.save:
         arguments.save.write_text(to_json({**facts, "rows": rows}, indent=1) + "\n")
+    if arguments.plot:
+        draw(rows, facts, arguments.plot)
 
 
 if __name__ == "__main__":
