@@ -7,8 +7,8 @@ all its views; it is stored, or only measured, or added up over the examples.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.grad import conv2d_weight
 
 from dpsgd.kernels.conv_weight_grad_triton import (
     conv_weight_grad_moments_triton,
@@ -110,17 +110,22 @@ def conv_weight_grad_reference(
     *,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Does what `conv_weight_grad` does, in PyTorch."""
+    """Does what `conv_weight_grad` does, in PyTorch, one example after the other.
+
+    That is several times faster on a CPU than one product of unfolded inputs.
+    """
     side, stride, padding, groups = geometry
     wide = torch.promote_types(x.dtype, torch.float32)
-    columns = F.unfold(x.flatten(0, 1).to(wide), side, padding=padding, stride=stride)
-    columns = columns.unflatten(0, x.shape[:2])  # (M, K, I * KH * KW, P)
-    columns = columns.unflatten(2, (groups, -1))  # (M, K, G, I / G * KH * KW, P)
-    rows = grad_y.to(wide).flatten(3).unflatten(2, (groups, -1))  # (M, K, G, O / G, P)
-    weight_grad = torch.einsum("mkgop,mkgcp->mgoc", rows, columns).flatten(1, 2)
-    shape = (x.shape[2] // groups, side, side)
-    weight_grad = weight_grad.unflatten(2, shape).permute(0, 1, 3, 4, 2)
-    return weight_grad.to(dtype or wide).contiguous()
+    shape = (grad_y.shape[2], x.shape[2] // groups, side, side)
+    grads = x.new_empty(len(x), shape[0], side, side, shape[1], dtype=dtype or wide)
+    for grad, images, grad_images in zip(
+        grads, x.to(wide), grad_y.to(wide), strict=True
+    ):
+        weight_grad = conv2d_weight(
+            images, shape, grad_images, stride=stride, padding=padding, groups=groups
+        )
+        grad.copy_(weight_grad.permute(0, 2, 3, 1))
+    return grads
 
 
 def conv_weight_grad_moments_reference(
