@@ -26,6 +26,7 @@ __all__ = [
     "MeshError",
     "gaussian_delta",
     "gaussian_epsilon",
+    "log_factor",
     "log_moments",
     "mean_loss",
     "quick_epsilon",
@@ -276,7 +277,7 @@ def _tilt(
     return float(found.fun), math.exp(found.x)
 
 
-def _log_factor(order: float) -> float:
+def log_factor(order: float) -> float:
     """Returns log of c^c / (c + 1)^(c + 1), the peak of (1 - exp(-x)) exp(-c x)."""
     return order * math.log(order) - (order + 1) * math.log1p(order)
 
@@ -306,7 +307,7 @@ def renyi_epsilon(
     """
 
     def objective(order: float, log_moment: float) -> float:
-        return (log_moment + _log_factor(order) - math.log(delta)) / order
+        return (log_moment + log_factor(order) - math.log(delta)) / order
 
     epsilon, order = _tilt(composition, direction, objective)
     return max(0.0, epsilon + _ROUNDING * abs(epsilon)), order
@@ -329,7 +330,7 @@ def renyi_log_delta(
     """
 
     def objective(order: float, log_moment: float) -> float:
-        return log_moment - epsilon * order + _log_factor(order)
+        return log_moment - epsilon * order + log_factor(order)
 
     log_delta, order = _tilt(composition, direction, objective)
     return min(0.0, log_delta + _ROUNDING), order
