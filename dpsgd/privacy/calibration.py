@@ -29,6 +29,7 @@ _DIGITS: Final = 7
 _CERTIFICATIONS: Final = 4
 _SEARCHES: Final = 8
 _TOLERANCE: Final = 1e-3
+_STRIDE: Final = 0.05
 _MAX_STEPS: Final = 10_000_000
 _MIN_NOISE_MULTIPLIER: Final = 0.01
 _STEP_TOLERANCE: Final = 5e-4
@@ -174,14 +175,21 @@ def _estimated_noise_multiplier(
     if epsilon <= 0:
         return None
     try:
-        low = high = math.log(near)
-        while excess(high) > 0:
-            high += 0.02
-        while excess(low) <= 0:
-            low -= 0.1
-        return _rounded_up(math.exp(brentq(excess, low, high, xtol=1e-9)))
+        low, high = _bracketed(excess, math.log(near))
+        return _rounded_up(math.exp(brentq(excess, low, high, xtol=1e-8)))
     except ArithmeticError:
         return None
+
+
+def _bracketed(excess: Callable[[float], float], start: float) -> tuple[float, float]:
+    """Returns two points between which a falling function passes 0."""
+    up = excess(start) > 0
+    stride = _STRIDE if up else -_STRIDE
+    near, far = start, start + stride
+    while (excess(far) > 0) == up:
+        stride *= 2
+        near, far = far, far + stride
+    return min(near, far), max(near, far)
 
 
 def _rounded_up(value: float) -> float:

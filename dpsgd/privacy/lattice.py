@@ -37,7 +37,8 @@ __all__ = ["lattice_delta", "lattice_epsilon"]
 
 _FIRST_NODES: Final = 1 << 12
 _MAX_NODES: Final = 1 << 20
-_NEGLIGIBLE: Final = 1e-7
+_NEGLIGIBLE: Final = 3e-5
+_MARGIN: Final = 10.0
 _TILTS: Final = tuple(2 ** (-k / 2) for k in range(9))
 _ORDERS: Final = (1e-6, 600.0)
 _UNIT_ROUNDING: Final = 2.0**-53
@@ -130,15 +131,15 @@ class _Window:
         """
         rare = math.log(_NEGLIGIBLE * delta)
         top = max(run.reach(rare), epsilon)
-        bottom = run.least(lambda order: (run.log_moment(-order) - rare) / order)[0]
         peak = run.least(lambda c: run.log_moment(c) - c * epsilon + log_factor(c))[1]
 
         def with_tilt(share: float) -> tuple[float, float, _Window]:
             tilt = share * peak
             scale = run.log_moment(tilt) - tilt * epsilon
-            length = max(top, run.reach(rare - scale, tilt)) - epsilon
-            length = max(length, min(-rare / tilt, top + bottom)) + 10 / tilt
-            window = _Window(epsilon, epsilon - 10 / tilt, length, tilt)
+            below = min(_MARGIN / tilt, epsilon)
+            length = max(top, run.reach(rare - scale, tilt)) - epsilon + below
+            length = max(length, -rare / tilt)
+            window = _Window(epsilon, epsilon - below, length, tilt)
             blur = scale + math.log(_blur(run, window, _FIRST_NODES << 4))
             return max(blur, rare + math.log(10)), length, window
 
@@ -196,7 +197,7 @@ class _Lattice:
         order = run.least(lambda b: run.log_moment(b) - b * top)[1]
         log_scale, log_above = -window.tilt * window.epsilon, -order * top
         for step, count in run.steps:
-            first, masses = step.on_lattice(width, nodes)
+            first, masses = step.on_lattice(width, -nodes)
             index = np.arange(first, first + masses.size)
             log_above += count * _log_sum(masses, order * width * index)
             log_mean = _log_sum(masses, window.tilt * width * index)
@@ -291,6 +292,7 @@ def lattice_delta(
     direction: Direction,
     *,
     tolerance: float = 1e-3,
+    enough: float = 0.0,
 ) -> float:
     """Returns a sound delta, about `tolerance` above the smallest one.
 
@@ -302,6 +304,7 @@ def lattice_delta(
         epsilon: >= 0, finite.
         direction: Whether the example is removed or added.
         tolerance: Refined until that lowers delta by less, relatively.
+        enough: Not refined any more once delta is at most this.
 
     Returns:
         Delta in [0, 1]; of one below 1e-200 no more than that is said.
@@ -316,7 +319,9 @@ def lattice_delta(
         return lambda nodes: _Lattice.of(run, window, nodes).delta(epsilon)
 
     start = math.exp(renyi_log_delta(composition, epsilon, direction)[0])
-    return _refined(around, start, far=0.1, tolerance=tolerance, enough=_LEAST_DELTA)
+    return _refined(
+        around, start, far=0.1, tolerance=tolerance, enough=max(enough, _LEAST_DELTA)
+    )
 
 
 def _refined(

@@ -24,7 +24,7 @@ _POINTS: Final = 8
 _FEW_POINTS: Final = 3
 _NARROW: Final = 1 / 32
 _LARGE: Final = 30.0
-_MAX_PANELS: Final = 50_000
+_MAX_PANELS: Final = 4_000
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,10 @@ class StepLoss:
         """
         q, sigma = phase.sample_rate, phase.noise_multiplier
         reach = -float(ndtri(tail)) * sigma
-        removed = direction == "remove"
-        low, high = -reach + (removed and q == 1), reach + removed
+        low, high, removed = -reach, reach, direction == "remove"
+        if removed:
+            low += q == 1
+            high = max(high, 1 - float(ndtri(min(tail / q, 0.1))) * sigma)
         # Narrow against the bell and, for q < 1, against the bend of log r.
         width = sigma / 2 if q == 1 else min(sigma, sigma**2) / 2
         count = math.ceil((high - low) / width)
@@ -90,7 +92,7 @@ class StepLoss:
         top = float(tilted.max())
         return top + math.log(float(self.masses @ np.exp(tilted - top)))
 
-    def on_lattice(self, width: float, max_nodes: int) -> tuple[int, Real]:
+    def on_lattice(self, width: float, lowest: int) -> tuple[int, Real]:
         """Splits the losses between the nodes of a lattice.
 
         Guarantees:
@@ -99,14 +101,13 @@ class StepLoss:
 
         Args:
             width: Distance h of the nodes k h, > 0.
-            max_nodes: Losses further below the top go to the lowest node.
+            lowest: Losses below node `lowest` are moved up to it.
 
         Returns:
-            Number k of the lowest node, and (K,) the masses of nodes k, k + 1, ...
+            Number k of the first node, and (K,) the masses of nodes k, k + 1, ...
         """
         last = math.floor(float(self.losses.max()) / width) + 1
-        first = math.floor(float(self.losses.min()) / width)
-        first = max(first, last - max_nodes + 1)
+        first = max(lowest, math.floor(float(self.losses.min()) / width))
         # Panels end where cells do, so that the split is smooth on each.
         bounds = _noise(self.phase, self.direction, width * np.arange(first, last + 1))
         bounds = bounds[(bounds > self.panels[0]) & (bounds < self.panels[-1])]

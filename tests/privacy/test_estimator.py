@@ -1,6 +1,7 @@
 import math
 import time
 
+import mpmath as mp
 import numpy as np
 import pytest
 from scipy.stats import norm
@@ -93,17 +94,50 @@ def test_a_nearly_full_batch_matches_the_gaussian_mechanism():
     )
 
 
+# dp-accounting's pessimistic PLD, refined until its digits stand.
 @pytest.mark.parametrize(
-    ("phase", "delta"),
+    ("phase", "delta", "epsilon"),
     [
-        (Phase(1e-6, 0.5, 10**6), 1e-8),
-        (Phase(1e-5, 0.7, 100), 1e-8),
-        (Phase(0.01, 0.2, 10), 1e-5),
-        (Phase(0.01, 0.001, 10), 1e-5),
+        (Phase(1e-5, 0.7, 100), 1e-8, 0.0077264),
+        (Phase(1e-4, 1.0, 100), 1e-10, 0.031833),
+        (Phase(1e-3, 0.7, 1000), 1e-8, 1.90981),
+        (Phase(0.01, 0.2, 10), 1e-5, 36.92760),
     ],
 )
-def test_where_the_method_struggles_there_is_no_estimate(phase, delta):
-    assert estimate_epsilon([phase], delta) is None
+def test_where_no_contour_settles_the_lattice_stands_in(phase, delta, epsilon):
+    found = estimate_epsilon([phase], delta)
+    assert epsilon * (1 - 1e-5) <= found <= epsilon * (1 + 6e-4)
+    assert estimate_delta([phase], found) == pytest.approx(delta, rel=2e-2)
+
+
+def test_without_noise_to_speak_of_there_is_no_estimate():
+    assert estimate_epsilon([Phase(0.01, 0.001, 10)], 1e-5) is None
+    assert estimate_delta([Phase(0.01, 0.001, 10)], 1e5) is None
+
+
+# The Gaussian mechanism's and one step's delta, in 40 digits.
+@pytest.mark.parametrize(
+    ("q", "sigma", "steps", "delta"),
+    [
+        (1.0, 1.0, 1, 1e-5),
+        (1.0, 30.0, 400, 1e-10),
+        (0.01, 1.0, 1, 1e-5),
+        (1e-4, 0.5, 1, 1e-8),
+        (0.5, 5.0, 1, 1e-6),
+    ],
+)
+def test_estimates_agree_with_closed_forms_to_1e_8(q, sigma, steps, delta):
+    epsilon = estimate_epsilon([Phase(q, sigma, steps)], delta)
+    with mp.workdps(40):
+        mu = mp.sqrt(steps) / mp.mpf(sigma)
+        ratio = mp.exp(epsilon)
+        # P[x] > exp(epsilon) Q[x] from this x on, with noise of deviation 1 / mu.
+        x = mp.log((ratio - 1 + mp.mpf(q)) / mp.mpf(q)) / mu**2 + mp.mpf(1) / 2
+        with_it = q * mp.ncdf(-(x - 1) * mu) + (1 - q) * mp.ncdf(-x * mu)
+        exact = with_it - ratio * mp.ncdf(-x * mu)
+        slope = ratio * mp.ncdf(-x * mu)
+    # An error of epsilon is one of delta times the slope, exp(epsilon) Q[x above].
+    assert abs(exact - delta) / slope < 1e-8 * epsilon
 
 
 def test_the_trivial_estimates_are_exact():
