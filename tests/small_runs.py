@@ -59,7 +59,7 @@ def _epsilon_curve(steps: Any, **phase: Any) -> tuple[EpsilonBound, ...]:
 def remembering() -> Any:
     """Lets what runs inside this context share the answers of the accountant."""
     accountants = {PRVAccountant.name: RememberingAccountant}
-    return mock.patch.dict("dpsgd.privacy.accountant.ACCOUNTANTS", accountants)
+    return mock.patch.dict("dpsgd.privacy.registry.ACCOUNTANTS", accountants)
 
 
 def dpsgd_train(*arguments: str | Path) -> int:

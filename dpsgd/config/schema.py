@@ -212,7 +212,8 @@ class PrivacyConfig:
     and step, and no seed."""
 
     accountant: str = "prv"
-    """Registered accountant that certifies epsilon."""
+    """Registered accountant that certifies epsilon: prv, pld or rdp. The first, though
+    the slowest, rests on a published package; rdp asks for 5 to 10 % more noise."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

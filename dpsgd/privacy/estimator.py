@@ -80,7 +80,7 @@ def estimate_delta(phases: Sequence[Phase], epsilon: float) -> float | None:
     Returns:
         Delta in [0, 1], the larger of removing and adding an example, to a relative
         error of about 1e-7, or, where the contours disagree, at most about 3e-3 too
-        large; 0 without steps, 1 without noise; None for noise_multiplier below 0.01.
+        large; 0 without steps, 1 without noise; None for noise_multiplier below 0.03.
     """
     composition = Composition.of(phases)
     if not composition.phases:
@@ -114,7 +114,7 @@ def estimate_epsilon(phases: Sequence[Phase], delta: float) -> float | None:
     Returns:
         Epsilon >= 0, the larger of removing and adding an example, to a relative
         error of about 1e-7, or, where the contours disagree, at most about 3e-4 too
-        large; 0 without steps, inf without noise; None for noise_multiplier below 0.01.
+        large; 0 without steps, inf without noise; None for noise_multiplier below 0.03.
 
     Raises:
         ConfigError: `delta` is out of range.

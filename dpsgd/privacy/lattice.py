@@ -27,13 +27,14 @@ from scipy.optimize import minimize_scalar
 from dpsgd.privacy.bounds import (
     Composition,
     Direction,
+    MeshError,
     log_factor,
     renyi_log_delta,
 )
 from dpsgd.privacy.losses import Real, StepLoss
 from dpsgd.privacy.mechanism import Phase
 
-__all__ = ["lattice_delta", "lattice_epsilon"]
+__all__ = ["larger_epsilon", "lattice_delta", "lattice_epsilon"]
 
 _FIRST_NODES: Final = 1 << 12
 _MAX_NODES: Final = 1 << 20
@@ -273,7 +274,7 @@ def lattice_epsilon(
         Epsilon >= 0, in hundredths of a second, or seconds for a tiny q.
 
     Raises:
-        MeshError: A noise multiplier is below 0.01.
+        MeshError: A noise multiplier is below about 0.03.
     """
     run = _Run.of(composition, direction, delta)
 
@@ -284,6 +285,35 @@ def lattice_epsilon(
     return _refined(
         around, run.epsilon(delta), far=0.8, tolerance=tolerance, enough=enough
     )
+
+
+def larger_epsilon(
+    composition: Composition,
+    delta: float,
+    *,
+    tolerance: float,
+    removal: float | None = None,
+) -> float:
+    """Returns a sound epsilon for removing as well as adding an example.
+
+    Args:
+        composition: Steps composed, at least one, without infinite terms.
+        delta: In [1e-200, 1).
+        tolerance: As that of `lattice_epsilon`.
+        removal: A sound epsilon for removal; None has it computed.
+
+    Returns:
+        Epsilon >= 0, the larger of the two; inf if a noise multiplier is too small.
+    """
+    try:
+        if removal is None:
+            removal = lattice_epsilon(composition, delta, "remove", tolerance=tolerance)
+        addition = lattice_epsilon(
+            composition, delta, "add", tolerance=tolerance, enough=removal
+        )
+    except MeshError:
+        return math.inf
+    return max(removal, addition)
 
 
 def lattice_delta(
@@ -310,7 +340,7 @@ def lattice_delta(
         Delta in [0, 1]; of one below 1e-200 no more than that is said.
 
     Raises:
-        MeshError: A noise multiplier is below 0.01.
+        MeshError: A noise multiplier is below about 0.03.
     """
 
     def around(guess: float) -> Callable[[int], float]:

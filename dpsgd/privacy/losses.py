@@ -59,7 +59,7 @@ class StepLoss:
             tail: About the probability to leave out at each end, in (0, 0.1).
 
         Raises:
-            MeshError: The noise multiplier is below 0.01.
+            MeshError: The noise multiplier is below about 0.03.
         """
         q, sigma = phase.sample_rate, phase.noise_multiplier
         reach = -float(ndtri(tail)) * sigma

@@ -99,7 +99,7 @@ def test_a_table_is_printed_without_json(capsys):
         (ONE_STEP.replace("r 1", "r -1"), "noise_multiplier=-1.0: must be at least 0"),
         (ONE_STEP.replace("s 1", "s 1.5"), "num_steps=1.5: must be a whole number; "),
         (ONE_STEP.replace("s 1", "s -1"), "num_steps=-1: must be a whole number"),
-        (ONE_STEP + " --accountant rdp", "accountant=rdp: is not known; did you mean"),
+        (ONE_STEP + " --accountant dp", "accountant=dp: is not known; did you mean rdp"),
         (ONE_STEP + " --num-examples 5", "sample_rate=0.01: is given twice"),
         (ONE_STEP.replace("--sample-rate 0.01", ""), "sample_rate=null: is needed; "),
         (
