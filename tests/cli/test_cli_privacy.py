@@ -50,7 +50,7 @@ def test_calibrated_noise_keeps_the_target(capsys):
         "--delta 1e-5",
     )
     # Nine full batches of noise 3 are one of noise 1, whose epsilon is 4.377178.
-    assert report["noise_multiplier"] == pytest.approx(3.0, rel=1e-6)
+    assert 3.0 <= report["noise_multiplier"] <= 3.0 * (1 + 5e-6)
     assert 4.377 < report["epsilon_upper"] <= 4.377178096
     assert report["num_steps"] == 9
 
@@ -99,7 +99,10 @@ def test_a_table_is_printed_without_json(capsys):
         (ONE_STEP.replace("r 1", "r -1"), "noise_multiplier=-1.0: must be at least 0"),
         (ONE_STEP.replace("s 1", "s 1.5"), "num_steps=1.5: must be a whole number; "),
         (ONE_STEP.replace("s 1", "s -1"), "num_steps=-1: must be a whole number"),
-        (ONE_STEP + " --accountant dp", "accountant=dp: is not known; did you mean rdp"),
+        (
+            ONE_STEP + " --accountant dp",
+            "accountant=dp: is not known; did you mean",
+        ),
         (ONE_STEP + " --num-examples 5", "sample_rate=0.01: is given twice"),
         (ONE_STEP.replace("--sample-rate 0.01", ""), "sample_rate=null: is needed; "),
         (
