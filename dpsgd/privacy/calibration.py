@@ -30,6 +30,7 @@ _CERTIFICATIONS: Final = 4
 _SEARCHES: Final = 8
 _TOLERANCE: Final = 1e-3
 _STRIDE: Final = 0.05
+_NUDGE: Final = 2e-6
 _MAX_STEPS: Final = 10_000_000
 _MIN_NOISE_MULTIPLIER: Final = 0.01
 _STEP_TOLERANCE: Final = 5e-4
@@ -83,7 +84,8 @@ def calibrate_noise_multiplier(
         upper = certified(found)
         if upper <= target_epsilon:
             return found
-        aim -= 1.1 * (upper - target_epsilon)
+        # At least so far that the digits of the noise change.
+        aim -= max(1.1 * (upper - target_epsilon), _NUDGE * target_epsilon)
     return _searched_noise_multiplier(certified, target_epsilon, safe)
 
 

@@ -62,7 +62,8 @@ def test_noise_for_two_steps_is_certified():
 
 def test_noise_of_full_batches_is_the_analytic_one():
     # mu = 1 has epsilon 4.377178 at delta 1e-5; 9 steps of noise 3 are mu = 1.
-    assert noise(4.377178096, 1.0, 9) == pytest.approx(3.0, rel=1e-6)
+    # The search moves in steps of 2e-6 of the target.
+    assert 3.0 <= noise(4.377178096, 1.0, 9) <= 3.0 * (1 + 5e-6)
 
 
 def test_no_steps_need_no_noise():
