@@ -5,14 +5,14 @@ from collections.abc import Sequence
 from typing import Final
 
 from dpsgd.cli.errors import UsageParser, exit_code
-from dpsgd.cli.privacy import account, compare
+from dpsgd.cli.privacy import account, compare, plan
 from dpsgd.cli.privacy.options import EPILOG
 
 __all__ = ["main"]
 
 _DESCRIPTION: Final = """\
-The epsilon of a run, the noise or steps an epsilon allows, and every account of the
-same run side by side.
+The epsilon of a run, the noise or steps an epsilon allows, every account of the same
+run side by side, and how budget, noise and batch size interact.
 """
 
 
@@ -44,6 +44,6 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    for subcommand in (account, compare):
+    for subcommand in (account, compare, plan):
         subcommand.add_to(commands)
     return parser
