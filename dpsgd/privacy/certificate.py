@@ -90,7 +90,8 @@ def certify(
         delta: In (0, 1).
         eps_error: Wanted half width of the bounds, > 0; the half width is larger
             where it would take more than `max_nodes`.
-        max_nodes: Most nodes of the mesh; each takes about 0.5 kB and 4 us.
+        max_nodes: Most nodes of the meshes of all phases; each takes about 0.5 kB and
+            4 us.
 
     Returns:
         The certificate, or None where the package fails, or would: noise_multiplier
@@ -129,7 +130,7 @@ def affordable_error(
         composition: Steps composed, with at least one subsampled phase.
         delta: In (0, 1).
         eps_error: Wanted half width of the bounds, > 0.
-        max_nodes: Most nodes of the mesh.
+        max_nodes: Most nodes of the meshes of all phases.
 
     Returns:
         Half width >= eps_error; eps_error itself where the package cannot answer.
@@ -155,14 +156,14 @@ def _losses(phases: Sequence[Phase]) -> list[Any]:
 def _error_per_node(
     phases: Sequence[Phase], delta_error: float, eps_error: float
 ) -> float:
-    """Returns the product of half width and mesh nodes, from the package's formulas."""
+    """Returns the product of half width and all nodes, from the package's formulas."""
     counts = [p.num_steps for p in phases]
     with _quiet():
         domain = compute_safe_domain_size(
             _losses(phases), counts, eps_error, delta_error
         )
     density = math.sqrt(sum(counts) / 2 * math.log(12 / delta_error))
-    return 2 * float(domain) * density
+    return 2 * float(domain) * density * len(phases)
 
 
 def _discretise(
@@ -173,7 +174,7 @@ def _discretise(
     eps_error: float,
     max_nodes: int,
 ) -> Certificate:
-    """Builds the package's accountant on a mesh of at most `max_nodes`."""
+    """Builds the package's accountant on meshes of at most `max_nodes` in all."""
     least = _error_per_node(phases, delta_error, eps_error) / max_nodes
     eps_error = max(eps_error, least)
     with _quiet():

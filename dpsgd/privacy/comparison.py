@@ -98,5 +98,5 @@ def _peer(phases: Sequence[Phase], delta: float) -> Opinion:
 
     try:
         return _timed(method, _BRACKET, ask)
-    except MeshError:
-        return Opinion(method, None, None, "not asked: too little noise", 0.0)
+    except (MeshError, OverflowError):
+        return Opinion(method, None, None, "no answer: too little noise", 0.0)

@@ -38,10 +38,10 @@ from dpsgd.privacy.bounds import (
     solved,
     total_variation,
 )
-from dpsgd.privacy.lattice import lattice_delta, lattice_epsilon
+from dpsgd.privacy.lattice import larger_epsilon, lattice_delta, lattice_epsilon
 from dpsgd.privacy.mechanism import Phase, check_delta
 
-__all__ = ["estimate_delta", "estimate_epsilon", "likely_epsilon"]
+__all__ = ["contour_epsilon", "estimate_delta", "estimate_epsilon", "likely_epsilon"]
 
 _AGREEMENT: Final = 1e-7
 _CANCELLATION: Final = 1e-10
@@ -49,7 +49,7 @@ _LOG_NEGLIGIBLE: Final = math.log(1e-13)
 _MAX_NODES: Final = 4096
 _FIRST_BLOCK: Final = 48
 _WINDOWS: Final = (1.0, 2.0)
-_LATTICE_TOLERANCE: Final = 1e-3
+_TOLERANCE: Final = 1e-3
 
 
 @dataclass(frozen=True)
@@ -122,6 +122,27 @@ def estimate_epsilon(phases: Sequence[Phase], delta: float) -> float | None:
     >>> round(estimate_epsilon([Phase(4096 / 50000, 3.0, 2468)], 1e-5), 6)
     6.52928
     """
+    found = contour_epsilon(phases, delta)
+    if found is not None:
+        return found
+    bound = larger_epsilon(Composition.of(phases), delta, tolerance=_TOLERANCE)
+    return None if math.isinf(bound) else bound
+
+
+def contour_epsilon(phases: Sequence[Phase], delta: float) -> float | None:
+    """Estimates the smallest epsilon by closed forms and contours alone.
+
+    Args:
+        phases: Steps composed; phases may differ in all they have.
+        delta: In (0, 1).
+
+    Returns:
+        As `estimate_epsilon` to a relative error of about 1e-7, or None where the
+        contours disagree.
+
+    Raises:
+        ConfigError: `delta` is out of range.
+    """
     check_delta(delta)
     composition = Composition.of(phases)
     if not composition.phases or math.isinf(composition.gaussian_mu):
@@ -136,19 +157,26 @@ def estimate_epsilon(phases: Sequence[Phase], delta: float) -> float | None:
         if bound <= largest:
             continue
         found = _epsilon_of(composition, delta, direction, bound, order)
-        if found is None:
-            try:
-                found = lattice_epsilon(
-                    composition,
-                    delta,
-                    direction,
-                    tolerance=_LATTICE_TOLERANCE,
-                    enough=largest,
-                )
-            except MeshError:
-                return None
-        largest = max(largest, found)
+        if found is not None:
+            largest = max(largest, found)
+        elif not _is_within(composition, delta, direction, largest):
+            return None
     return largest
+
+
+def _is_within(
+    composition: Composition, delta: float, direction: Direction, epsilon: float
+) -> bool:
+    """Tells whether a direction surely spends at most an epsilon found for another."""
+    if epsilon == 0:
+        return False
+    try:
+        bound = lattice_epsilon(
+            composition, delta, direction, tolerance=_TOLERANCE, enough=epsilon
+        )
+    except MeshError:
+        return False
+    return bound <= epsilon
 
 
 def _is_one_step(composition: Composition) -> bool:

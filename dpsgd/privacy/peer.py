@@ -14,7 +14,14 @@ from dpsgd.privacy.estimator import likely_epsilon
 from dpsgd.privacy.losses import StepLoss
 from dpsgd.privacy.mechanism import EpsilonBound, Phase, check_delta
 
-__all__ = ["INSTALL", "peer_interval", "peer_is_installed", "peer_pld", "peer_rdp"]
+__all__ = [
+    "INSTALL",
+    "peer_distribution",
+    "peer_interval",
+    "peer_is_installed",
+    "peer_pld",
+    "peer_rdp",
+]
 
 INSTALL: Final = "pip install dp-accounting"
 
@@ -66,11 +73,43 @@ def peer_pld(phases: Sequence[Phase], delta: float, interval: float) -> EpsilonB
     trivial = _trivial(phases)
     if trivial is not None:
         return EpsilonBound(trivial, trivial, trivial)
-    lower, upper = (
-        float(_composed(phases, interval, pessimistic).get_epsilon_for_delta(delta))
+    optimist, pessimist = (
+        peer_distribution(phases, interval, pessimistic=pessimistic)
         for pessimistic in (False, True)
     )
-    return EpsilonBound(lower, upper, upper)
+    upper = float(pessimist.get_epsilon_for_delta(delta))
+    return EpsilonBound(float(optimist.get_epsilon_for_delta(delta)), upper, upper)
+
+
+def peer_distribution(
+    phases: Sequence[Phase], interval: float, *, pessimistic: bool
+) -> Any:
+    """Returns its distribution of the privacy loss of all steps.
+
+    Args:
+        phases: Steps composed, at least one that tells something, and not all.
+        interval: Width of its buckets, > 0.
+        pessimistic: Whether losses are rounded so as to overstate epsilon.
+
+    Raises:
+        ModuleNotFoundError: dp-accounting is not installed.
+    """
+    from dp_accounting.pld import privacy_loss_distribution as pld
+
+    total = None
+    for phase in phases:
+        if phase.num_steps == 0 or phase.sample_rate == 0:
+            continue
+        step = pld.from_gaussian_mechanism(
+            phase.noise_multiplier,
+            sampling_prob=phase.sample_rate,
+            value_discretization_interval=interval,
+            pessimistic_estimate=pessimistic,
+            use_connect_dots=pessimistic,
+        )
+        steps = step.self_compose(phase.num_steps)
+        total = steps if total is None else total.compose(steps)
+    return total
 
 
 def peer_rdp(phases: Sequence[Phase], delta: float) -> float:
@@ -101,23 +140,3 @@ def _trivial(phases: Sequence[Phase]) -> float | None:
     """Returns epsilon where nothing is told, or all."""
     mu = Composition.of(phases).unamplified_mu
     return mu if mu == 0 or math.isinf(mu) else None
-
-
-def _composed(phases: Sequence[Phase], interval: float, pessimistic: bool) -> Any:
-    """Returns the distribution of the losses of all steps."""
-    from dp_accounting.pld import privacy_loss_distribution as pld
-
-    total = None
-    for phase in phases:
-        if phase.num_steps == 0 or phase.sample_rate == 0:
-            continue
-        step = pld.from_gaussian_mechanism(
-            phase.noise_multiplier,
-            sampling_prob=phase.sample_rate,
-            value_discretization_interval=interval,
-            pessimistic_estimate=pessimistic,
-            use_connect_dots=pessimistic,
-        )
-        steps = step.self_compose(phase.num_steps)
-        total = steps if total is None else total.compose(steps)
-    return total

@@ -6,7 +6,7 @@ from typing import ClassVar, Final, final
 from dpsgd.errors import ConfigError, fault
 from dpsgd.privacy.accountant import Accountant, closed_form, rising
 from dpsgd.privacy.bounds import Composition, quick_epsilon
-from dpsgd.privacy.estimator import likely_epsilon
+from dpsgd.privacy.estimator import contour_epsilon
 from dpsgd.privacy.lattice import larger_epsilon
 from dpsgd.privacy.mechanism import EpsilonBound, Phase, check_delta
 
@@ -88,6 +88,8 @@ def _bracket(phases: Sequence[Phase], delta: float, tolerance: float) -> Epsilon
     if closed is not None:
         return closed
     bound = larger_epsilon(Composition.of(phases), delta, tolerance=tolerance)
-    estimate = likely_epsilon(phases, delta)
     upper = min(bound, quick_epsilon(phases, delta))
+    # Two methods that disagree widen the bracket: neither is trusted alone.
+    contour = contour_epsilon(phases, delta)
+    estimate = upper if contour is None else contour
     return EpsilonBound(0.0, estimate, max(upper, estimate))

@@ -12,7 +12,7 @@ from dpsgd.privacy.certificate import (
     certify,
     subsampled_phases,
 )
-from dpsgd.privacy.estimator import likely_epsilon
+from dpsgd.privacy.estimator import contour_epsilon, likely_epsilon
 from dpsgd.privacy.lattice import larger_epsilon
 from dpsgd.privacy.mechanism import EpsilonBound, Phase, check_delta
 
@@ -172,9 +172,12 @@ def _bracket(
     composition = Composition.of(phases)
     counts = [phase.num_steps for phase in subsampled_phases(composition)]
     certified = certificate.bound(counts) if certificate is not None else None
-    removal, lower = (certified.upper, certified.lower) if certified else (None, 0.0)
+    lower, upper = (certified.lower, certified.upper) if certified else (0.0, 0.0)
+    # Two methods that disagree widen the bracket: neither is trusted alone. Removal
+    # is checked by the contour or, where there is none, on the lattice.
+    contour = contour_epsilon(phases, delta)
+    removal = upper if certified and contour is not None else None
     bound = larger_epsilon(composition, delta, tolerance=tolerance, removal=removal)
-    upper = min(bound, quick_epsilon(phases, delta))
-    estimate = likely_epsilon(phases, delta)
-    # Two methods that disagree widen the bracket: neither is trusted alone.
+    upper = min(max(upper, bound), quick_epsilon(phases, delta))
+    estimate = min(bound, upper) if contour is None else contour
     return EpsilonBound(min(lower, estimate), estimate, max(upper, estimate))

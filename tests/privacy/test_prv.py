@@ -118,7 +118,7 @@ def test_many_steps_are_sized_to_fit(monkeypatch):
 
 
 def test_the_certificate_never_promises_less_than_the_estimate(monkeypatch):
-    monkeypatch.setattr(prv, "likely_epsilon", lambda *_: 0.3)
+    monkeypatch.setattr(prv, "contour_epsilon", lambda *_: 0.3)
     bound = PRV.epsilon([Phase(0.01, 1.0, 1)], 1e-5)
     assert bound.upper >= 0.3
 
@@ -150,14 +150,19 @@ def test_a_curve_without_noise_or_of_full_batches_needs_no_package():
 def test_the_addition_of_an_example_is_certified_though_the_package_is_silent(
     monkeypatch,
 ):
-    monkeypatch.setattr(prv, "likely_epsilon", lambda *_: 1.8)
+    monkeypatch.setattr(prv, "contour_epsilon", lambda *_: 0.5)
     monkeypatch.setattr(Certificate, "bound", lambda *_: EpsilonBound(0.0, 0.1, 0.1))
-    phases = [Phase(0.01, 1.0, 1000)]
-    # 1.416662 is the epsilon of adding alone; the estimate covers both.
-    assert PRV.epsilon(phases, 1e-5).upper == 1.8
-    PRV._answers.clear()
-    monkeypatch.setattr(prv, "likely_epsilon", lambda *_: 0.5)
-    assert 1.416661 <= PRV.epsilon(phases, 1e-5).upper <= 1.4168
+    # 1.416662 is the epsilon of adding alone.
+    assert 1.416661 <= PRV.epsilon([Phase(0.01, 1.0, 1000)], 1e-5).upper <= 1.4168
+
+
+@pytest.mark.usefixtures("coarse")
+@pytest.mark.parametrize("contour", [1.828237, None])
+def test_a_removal_that_the_package_understates_is_caught(monkeypatch, contour):
+    monkeypatch.setattr(prv, "contour_epsilon", lambda *_: contour)
+    monkeypatch.setattr(Certificate, "bound", lambda *_: EpsilonBound(0.0, 1.7, 1.7))
+    upper = PRV.epsilon([Phase(0.01, 1.0, 1000)], 1e-5).upper
+    assert 1.828236 <= upper <= 1.8285
 
 
 @pytest.mark.parametrize("steps", [1, 10**4])
