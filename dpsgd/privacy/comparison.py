@@ -2,12 +2,12 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Final
 
 from dpsgd.privacy.bounds import MeshError
-from dpsgd.privacy.estimator import estimate_epsilon
+from dpsgd.privacy.estimator import contour_epsilon, estimate_epsilon
 from dpsgd.privacy.gdp import gdp_epsilon
 from dpsgd.privacy.mechanism import Phase, check_delta
 from dpsgd.privacy.peer import INSTALL, peer_interval, peer_is_installed, peer_pld
@@ -17,8 +17,10 @@ __all__ = ["Opinion", "compare"]
 
 _CERTIFIED: Final = "upper bound"
 _EXACT: Final = "nearly exact"
+_COARSE: Final = "coarse bound"
 _LIMIT: Final = "approximation"
 _BRACKET: Final = "bracket"
+_NOISELESS: Final = "no answer: too little noise"
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ def compare(phases: Sequence[Phase], delta: float) -> list[Opinion]:
     ]
     return [
         *certified,
-        _timed("estimate", _EXACT, lambda: (None, estimate_epsilon(phases, delta))),
+        _estimate(phases, delta),
         _timed("gdp", _LIMIT, lambda: (None, gdp_epsilon(phases, delta))),
         _peer(phases, delta),
     ]
@@ -86,6 +88,15 @@ def _certified(
     return bound.lower if bound.lower > 0 else None, bound.upper
 
 
+def _estimate(phases: Sequence[Phase], delta: float) -> Opinion:
+    """Asks the estimator, which has a bound to give where no contour settles."""
+    found = _timed("estimate", _EXACT, lambda: (None, estimate_epsilon(phases, delta)))
+    if found.epsilon is None:
+        return replace(found, kind=_NOISELESS)
+    settled = contour_epsilon(phases, delta) is not None
+    return found if settled else replace(found, kind=_COARSE)
+
+
 def _peer(phases: Sequence[Phase], delta: float) -> Opinion:
     """Asks dp-accounting, if it is there and can answer."""
     method = "dp-accounting"
@@ -99,4 +110,4 @@ def _peer(phases: Sequence[Phase], delta: float) -> Opinion:
     try:
         return _timed(method, _BRACKET, ask)
     except (MeshError, OverflowError):
-        return Opinion(method, None, None, "no answer: too little noise", 0.0)
+        return Opinion(method, None, None, _NOISELESS, 0.0)

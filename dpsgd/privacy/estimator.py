@@ -12,7 +12,10 @@ taking x = L - epsilon and the mean on both sides gives
 On a line near the saddle point little cancels, so that the trapezoid rule finds delta
 to a small *relative* error. Every figure is computed on two lines with two meshes. If
 they disagree, as with few steps at a small q, whose losses are so concentrated that M
-hardly falls along the line, the bound of `lattice` stands in, 1e-5 to 3e-4 too large.
+hardly falls along the line, the bound of `lattice` stands in. It is too large, not too
+small: of epsilon by 2e-5 to 3e-4, and by up to 7e-3 at q of 1e-5 and less, where its
+allowance for rounding shows. It ends sooner than that of the accountant `pld`, so that
+such an estimate may be above a certificate.
 """
 
 import math
@@ -79,8 +82,9 @@ def estimate_delta(phases: Sequence[Phase], epsilon: float) -> float | None:
 
     Returns:
         Delta in [0, 1], the larger of removing and adding an example, to a relative
-        error of about 1e-7, or, where the contours disagree, at most about 3e-3 too
-        large; 0 without steps, 1 without noise; None for noise_multiplier below 0.03.
+        error of about 1e-7, or, where the contours disagree, a bound about 3e-3 too
+        large, more at q of 1e-5 and less; 0 without steps, 1 without noise; None for
+        noise_multiplier below 0.03.
     """
     composition = Composition.of(phases)
     if not composition.phases:
@@ -113,8 +117,9 @@ def estimate_epsilon(phases: Sequence[Phase], delta: float) -> float | None:
 
     Returns:
         Epsilon >= 0, the larger of removing and adding an example, to a relative
-        error of about 1e-7, or, where the contours disagree, at most about 3e-4 too
-        large; 0 without steps, inf without noise; None for noise_multiplier below 0.03.
+        error of about 1e-7, or, where the contours disagree, a bound about 3e-4 too
+        large, up to 7e-3 at q of 1e-5 and less; 0 without steps, inf without noise;
+        None for noise_multiplier below 0.03.
 
     Raises:
         ConfigError: `delta` is out of range.

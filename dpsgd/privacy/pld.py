@@ -40,9 +40,10 @@ class PLDAccountant(Accountant):
             delta: In [1e-100, 1).
 
         Returns:
-            0 <= estimate <= upper, upper about 1e-4 above the estimate, and more for
-            q below 1e-5 or noise_multiplier below 0.03; zeros without steps, inf
-            without noise.
+            0 <= estimate <= upper, upper about 1e-4 above the smallest epsilon, and
+            up to 7e-3 for q of 1e-5 and less, more for noise_multiplier below 0.03;
+            zeros without steps, inf without noise. Where no contour settles the
+            estimate is the upper bound itself.
 
         Raises:
             ConfigError: `delta` is out of range.

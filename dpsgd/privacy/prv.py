@@ -35,7 +35,7 @@ class PRVAccountant(Accountant):
     lattice, and so is removal where the package fails or would be off by more than
     1 % (tiny epsilons, noise_multiplier below 0.1). The larger direction counts. The
     promise is not above a Renyi bound or the epsilon without subsampling, each sound
-    by itself, and never below the estimate of `estimate_epsilon`.
+    by itself, and never below the contour integral where one settles.
 
     Source: Gopi, Lee and Wutschitz 2021 (arXiv:2106.02848).
     """

@@ -87,6 +87,21 @@ def test_noise_too_small_for_dp_accounting_has_no_answer_of_it():
     assert last.kind == "no answer: too little noise"
 
 
+@pytest.mark.parametrize(
+    ("q", "sigma", "kind"),
+    [
+        (0.1, 0.01, "no answer: too little noise"),
+        (0.01, 1.0, "coarse bound"),  # of a lattice, above that of pld
+        (0.1, 30.0, "nearly exact"),
+    ],
+)
+def test_an_estimate_is_said_to_be_what_it_is(monkeypatch, q, sigma, kind):
+    monkeypatch.setattr(comparison, "ACCOUNTANTS", {})
+    monkeypatch.setattr(comparison, "peer_is_installed", lambda: False)
+    estimate = compare([Phase(q, sigma, 10)], 1e-5)[0]
+    assert (estimate.method, estimate.kind) == ("estimate", kind)
+
+
 def test_an_impossible_delta_is_refused_before_anything_is_asked(monkeypatch):
     monkeypatch.setattr(comparison, "build_accountant", None)
     with pytest.raises(ConfigError, match=r"^delta=0\.0: must be in"):
