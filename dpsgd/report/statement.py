@@ -69,7 +69,9 @@ _OF_NOISE: Final = {
     ),
 }
 _ACCOUNTANTS: Final = {
-    "prv": "prv: certified numerical composition (Gopi, Lee and Wutschitz 2021)"
+    "prv": "prv: certified numerical composition (Gopi, Lee and Wutschitz 2021)",
+    "pld": "pld: privacy loss distributions, certified (Doroshenko et al. 2022)",
+    "rdp": "rdp: Renyi divergences (Mironov, Talwar and Zhang 2019)",
 }
 _FALSE_ALARMS: Final = 0.01
 

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from made_up_runs import PARQUET, PLAN, evaluation, result, write_run
 
+from dpsgd.privacy import ACCOUNTANTS
 from dpsgd.report.runs import RunRecord, read_run
 from dpsgd.report.statement import Statement, joint_epsilon, statement_of
 
@@ -45,6 +46,13 @@ def test_a_private_run_states_all_that_a_model_card_needs(tmp_path: Path) -> Non
     assert "at most exp(2.9999), about 20.09, apart" in stated.paragraphs[0]
     uncovered = {what for what, _ in stated.not_covered}
     assert {"The test set", "Times", "checkpoints/"} <= uncovered
+
+
+@pytest.mark.parametrize("name", [*ACCOUNTANTS])
+def test_every_accountant_is_named_with_its_source(tmp_path: Path, name: str) -> None:
+    facts = dict(statement(tmp_path / "run", plan={**PLAN, "accountant": name}).facts)
+
+    assert re.match(rf"{name}: .+ \(.+ \d{{4}}\)$", facts["Accountant"])
 
 
 def test_a_run_whose_unit_is_the_user_speaks_of_users(tmp_path: Path) -> None:
