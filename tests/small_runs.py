@@ -1,6 +1,7 @@
 """Settings, starts and commands for runs of a few seconds on the embedded digits."""
 
 import functools
+import importlib.util
 import io
 import json
 import subprocess
@@ -152,6 +153,17 @@ def command(
         timeout=300,
         **options,
     )
+
+
+def benchmark_of(name: str) -> Any:
+    """A script of benchmarks/, as a module."""
+    path = ROOT / "benchmarks" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"benchmark_of_{name}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    return benchmark
 
 
 def without_times(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,28 +1,15 @@
 """The benchmarks run where there is no GPU, too."""
 
-import importlib.util
 import json
 import shutil
 import sys
 from argparse import Namespace
 from pathlib import Path
-from typing import Any
 
 import pytest
-from small_runs import ROOT
+from small_runs import ROOT, benchmark_of
 
 from dpsgd.config import load_config
-
-
-def benchmark_of(name: str) -> Any:
-    """A script of benchmarks/, as a module."""
-    path = ROOT / "benchmarks" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"benchmark_of_{name}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    benchmark = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(benchmark)
-    return benchmark
 
 
 def test_every_operator_is_timed_and_right(
