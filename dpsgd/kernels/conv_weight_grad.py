@@ -118,13 +118,16 @@ def conv_weight_grad_reference(
     wide = torch.promote_types(x.dtype, torch.float32)
     shape = (grad_y.shape[2], x.shape[2] // groups, side, side)
     grads = x.new_empty(len(x), shape[0], side, side, shape[1], dtype=dtype or wide)
-    for grad, images, grad_images in zip(
-        grads, x.to(wide), grad_y.to(wide), strict=True
-    ):
+    for index, (images, grad_images) in enumerate(zip(x, grad_y, strict=True)):
         weight_grad = conv2d_weight(
-            images, shape, grad_images, stride=stride, padding=padding, groups=groups
+            images.to(wide),
+            shape,
+            grad_images.to(wide),
+            stride=stride,
+            padding=padding,
+            groups=groups,
         )
-        grad.copy_(weight_grad.permute(0, 2, 3, 1))
+        grads[index] = weight_grad.permute(0, 2, 3, 1)
     return grads
 
 
