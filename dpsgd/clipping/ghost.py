@@ -130,7 +130,7 @@ class GhostClippedGrad(RecordedClippedGrad):
         shape = (len(batch[0]),)
         leaves = {
             name: leaf.detach().expand(
-                *(shape if name in expanded else ()), *leaf.shape
+                (*(shape if name in expanded else ()), *leaf.shape)
             )
             for name, leaf in params.items()
         }

@@ -91,7 +91,8 @@ class RowGrads(LayerGrads):
     def __init__(self, leaves: tuple[Tensor, ...], grads: tuple[Tensor, ...]) -> None:
         self.leaves = leaves
         self._grads = grads
-        self._rows = torch.cat([grad.flatten(1) for grad in grads], dim=1)  # (M, P)
+        rows = [grad.unsqueeze(1).flatten(1) for grad in grads]  # also of scalars
+        self._rows = torch.cat(rows, dim=1)  # (M, P)
 
     def squared_norms(self) -> Tensor:
         """Returns the squares of the stored rows' norms."""
@@ -193,7 +194,8 @@ def _unstandardized_squares(moments: Tensor, how: Standardization) -> Tensor:
     """Returns (M, O) squared norms of raw weights' and gains' gradients.
 
     The part of g that is orthogonal to 1 and to u has the square |g|^2 - F mean(g)^2 -
-    <u, g>^2, u being orthogonal to 1 and of norm 1 itself.
+    <u, g>^2, u being orthogonal to 1 and of norm 1 itself; with su in its place the
+    last is divided by s^2, which `follows` is.
     """
     squares, plain, along = torch.unbind(moments)
     fan_in, eps = how.unit[0].numel(), torch.finfo(moments.dtype).eps

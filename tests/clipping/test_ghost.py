@@ -176,6 +176,21 @@ def test_parameters_that_no_layer_records_are_expanded(tiny_network: Network) ->
     assert not second.clipped_sum["unused"].any()
 
 
+def test_a_scalar_that_no_layer_records_is_expanded(tiny_network: Network) -> None:
+    model = tiny_network()
+    params = {**moved(model), "tone": torch.tensor(1.5)}
+    loss_fn = per_example_loss(model)
+
+    def toned(params: Params, views: Tensor, label: Tensor) -> Tensor:
+        rest = {name: leaf for name, leaf in params.items() if name != "tone"}
+        return loss_fn(rest, views * params["tone"], label)
+
+    first, second = both(toned, params, *batch())
+
+    assert_same(first, second)
+    assert second.clipped_sum["tone"].shape == ()
+
+
 def test_a_parameter_used_beside_its_layer_is_refused_by_name(
     tiny_network: Network,
 ) -> None:
