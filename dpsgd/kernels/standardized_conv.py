@@ -27,7 +27,12 @@ __all__ = ["standardized_conv2d"]
 
 
 def standardized_conv2d(
-    x: Tensor, weight: Tensor, gain: Tensor | None, geometry: ConvGeometry
+    x: Tensor,
+    weight: Tensor,
+    gain: Tensor | None,
+    geometry: ConvGeometry,
+    *,
+    scale: float = 1.0,
 ) -> Tensor:
     """Convolves with standardised weights, differentiably, also under vmap(grad).
 
@@ -37,15 +42,17 @@ def standardized_conv2d(
         gain: (O,) float32 parameter, scale of each output channel; None takes the
             weights as they are.
         geometry: Of the convolution.
+        scale: Constant > 0 by which standardised weights are multiplied.
 
     Returns:
         (N, O, HO, WO) of the type of `x`.
     """
+    assert gain is not None or scale == 1.0
     if active_tape() is not None or (runs_on_triton(x) and x.dtype != torch.float64):
-        y: Tensor = _Convolution.apply(x, weight, gain, geometry)[0]
+        y: Tensor = _Convolution.apply(x, weight, gain, geometry, scale)[0]
         return y
     if gain is not None:
-        weight, _ = standardize_reference(weight, gain, weight.dtype)
+        weight, _ = standardize_reference(weight, gain, weight.dtype, scale=scale)
     # All contiguous, or it would turn activations channels-last, which the grouped
     # convolution that vmap makes of the weight gradient copies back.
     kernel = weight.permute(0, 3, 1, 2).to(x.dtype).contiguous()  # (O, I, KH, KW)
@@ -60,13 +67,17 @@ class _Convolution(Function):
 
     @staticmethod
     def forward(
-        x: Tensor, weight: Tensor, gain: Tensor | None, geometry: ConvGeometry
+        x: Tensor,
+        weight: Tensor,
+        gain: Tensor | None,
+        geometry: ConvGeometry,
+        scale: float,
     ) -> tuple[Tensor, ...]:
         if gain is None:
             unit, factor, follows = (weight.new_empty(0) for _ in range(3))
             effective = weight.to(x.dtype)
         else:
-            effective, how = standardize(weight, gain, x.dtype)
+            effective, how = standardize(weight, gain, x.dtype, scale=scale)
             unit, factor, follows, _ = how
         kernel = effective.permute(0, 3, 1, 2)  # channels-last strides
         _, stride, padding, groups = geometry
@@ -75,7 +86,7 @@ class _Convolution(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        x, weight, gain, ctx.geometry = inputs
+        x, weight, gain, ctx.geometry, _ = inputs
         _, kernel, unit, factor, follows = output
         ctx.mark_non_differentiable(kernel, unit, factor, follows)
         ctx.save_for_backward(x, kernel, unit, factor, follows, gain, weight)
@@ -87,7 +98,7 @@ class _Convolution(Function):
         if ctx.needs_input_grad[0]:
             grad_x = _InputGrad.apply(grad_y, kernel, x.shape[-2:], ctx.geometry)
         if not weight.requires_grad and (gain is None or not gain.requires_grad):
-            return grad_x, None, None, None
+            return grad_x, None, None, None, None
         standardization = None
         if gain is not None:
             standardization = Standardization(unit, factor, follows, gain)
@@ -95,9 +106,9 @@ class _Convolution(Function):
         if tape is not None:
             record = ConvRecord(weight, x, grad_y, ctx.geometry, standardization)
             tape.records.append(record)
-            return grad_x, None, None, None
+            return grad_x, None, None, None, None
         grads = _WeightGrad.apply(x, grad_y, standardization, ctx.geometry)
-        return grad_x, grads[0], grads[1] if gain is not None else None, None
+        return grad_x, grads[0], grads[1] if gain is not None else None, None, None
 
     @staticmethod
     def vmap(
@@ -107,10 +118,11 @@ class _Convolution(Function):
         weight: Tensor,
         gain: Tensor | None,
         geometry: ConvGeometry,
+        scale: float,
     ) -> tuple[Any, Any]:
         require_unbatched("standardized_conv2d", in_dims[1:3])
         images = fold(x, in_dims[0], info.batch_size)
-        y, *others = _Convolution.apply(images, weight, gain, geometry)
+        y, *others = _Convolution.apply(images, weight, gain, geometry, scale)
         y = y.unflatten(0, (info.batch_size, -1))
         return (y, *others), (0, None, None, None, None)
 

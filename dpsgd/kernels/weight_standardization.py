@@ -7,6 +7,10 @@ the bound took its place: $\partial w = \gamma r (g - \bar g - a \, u \langle u,
 \rangle)$ and $\partial \gamma = \langle u, g \rangle$. The Jacobian is the same for
 every example, so a sum of gradients may be formed before it is applied.
 
+A constant s that multiplies the weights, such as that of a scaled activation before the
+convolution, takes no pass of its own: with su for u, sr for r and a/s^2 for a all of
+this holds as it stands.
+
 Source: Qiao et al. 2019 (arXiv:1903.10520); scaled by fan-in as in Brock et al. 2021
 (arXiv:2101.08692).
 """
@@ -47,9 +51,9 @@ class Standardization(NamedTuple):
     """How effective weights follow from raw ones.
 
     Attributes:
-        unit: (O, KH, KW, I) weights u, of mean 0 and norm 1 in each row.
-        factor: (O,) r, by which centred raw weights were multiplied.
-        follows: (O,) a, 1 where r follows from the weights, else 0.
+        unit: (O, KH, KW, I) weights su, of mean 0 and norm s in each row.
+        factor: (O,) sr, by which centred raw weights were multiplied.
+        follows: (O,) a/s^2, where a is 1 if r follows from the weights, else 0.
         gain: (O,) parameter gamma.
     """
 
@@ -60,7 +64,7 @@ class Standardization(NamedTuple):
 
 
 def standardize(
-    weight: Tensor, gain: Tensor, dtype: torch.dtype
+    weight: Tensor, gain: Tensor, dtype: torch.dtype, *, scale: float = 1.0
 ) -> tuple[Tensor, Standardization]:
     """Returns effective weights.
 
@@ -68,6 +72,7 @@ def standardize(
         weight: (O, KH, KW, I) raw weights.
         gain: (O,) scale of each output channel.
         dtype: Type of the effective weights.
+        scale: Constant s > 0 by which they are multiplied.
 
     Returns:
         (O, KH, KW, I) effective weights, and how they follow from the raw ones, in
@@ -75,7 +80,7 @@ def standardize(
     """
     on_triton = runs_on_triton(weight) and weight.dtype == torch.float32
     run = standardize_triton if on_triton else standardize_reference
-    return run(weight, gain, dtype)
+    return run(weight, gain, dtype, scale=scale)
 
 
 def unstandardize_(grads: Tensor, standardization: Standardization) -> Tensor:
@@ -109,14 +114,14 @@ def unstandardized_norms(grads: Tensor, standardization: Standardization) -> Ten
 
 
 def standardize_reference(
-    weight: Tensor, gain: Tensor, dtype: torch.dtype
+    weight: Tensor, gain: Tensor, dtype: torch.dtype, *, scale: float = 1.0
 ) -> tuple[Tensor, Standardization]:
     """Does what `standardize` does, in PyTorch."""
     fan_in = math.prod(weight.shape[1:])
     variance, mean = torch.var_mean(weight, dim=(1, 2, 3), correction=0, keepdim=True)
     squared_norm = variance * fan_in
-    factor = torch.rsqrt(squared_norm.clamp(min=_EPS))
-    follows = (squared_norm >= _EPS).to(weight.dtype)
+    factor = torch.rsqrt(squared_norm.clamp(min=_EPS)) * scale
+    follows = (squared_norm >= _EPS).to(weight.dtype) / scale**2
     unit = (weight - mean) * factor
     effective = (unit * gain.view(-1, 1, 1, 1)).to(dtype)
     return effective, Standardization(unit, factor.flatten(), follows.flatten(), gain)
@@ -151,7 +156,7 @@ def _unstandardized(
 
 
 def standardize_triton(
-    weight: Tensor, gain: Tensor, dtype: torch.dtype
+    weight: Tensor, gain: Tensor, dtype: torch.dtype, *, scale: float = 1.0
 ) -> tuple[Tensor, Standardization]:
     """Does what `standardize` does, in one Triton launch."""
     weight = weight.contiguous()
@@ -166,6 +171,7 @@ def standardize_triton(
         factor,
         follows,
         fan_in,
+        scale,
         EPS=_EPS,
         BLOCK=triton.next_power_of_2(fan_in),
         num_warps=_NUM_WARPS,
@@ -228,6 +234,7 @@ if triton is not None:
         factor,
         follows,
         fan_in,
+        scale,
         EPS: tl.constexpr,
         BLOCK: tl.constexpr,
     ):
@@ -239,13 +246,14 @@ if triton is not None:
         value = tl.load(weight + at, mask=inside, other=0.0)
         value = tl.where(inside, value - tl.sum(value) / fan_in, 0.0)
         squared_norm = tl.sum(value * value)
-        scale = tl.rsqrt(tl.maximum(squared_norm, EPS))
-        value *= scale
+        multiplier = tl.rsqrt(tl.maximum(squared_norm, EPS)) * scale
+        value *= multiplier
         tl.store(unit + at, value, mask=inside)
         value *= tl.load(gain + row)
         tl.store(effective + at, value.to(effective.dtype.element_ty), mask=inside)
-        tl.store(factor + row, scale)
-        tl.store(follows + row, tl.where(squared_norm >= EPS, 1.0, 0.0))
+        tl.store(factor + row, multiplier)
+        is_above = tl.where(squared_norm >= EPS, 1.0, 0.0)
+        tl.store(follows + row, is_above / (scale * scale))
 
     @triton.jit
     def _unstandardize_kernel(

@@ -147,6 +147,24 @@ def test_a_convolution_and_its_gradients_are_those_of_plain_torch(
     )
 
 
+@pytest.mark.usefixtures("implementation")
+def test_a_constant_is_folded_into_the_weights(kernel_device: torch.device) -> None:
+    geometry, constant = ConvGeometry(3, 2, 1), 1.7
+    leaves = [draw(3, 8, 6, 8), draw(12, 3, 3, 8), draw(12)]
+    wide = [one.double().requires_grad_() for one in leaves]
+    ours = [one.to(kernel_device).requires_grad_() for one in leaves]
+    x, weight, gain = ours
+    y = standardized_conv2d(x, weight, gain, geometry, scale=constant)
+    expected = constant * convolved(plain_conv, wide, geometry)
+    grad_y = torch.randn_like(y)
+    grads = torch.autograd.grad(y, ours, grad_y)
+    expected_grads = torch.autograd.grad(expected, wide, grad_y.cpu().double())
+
+    assert_near({"y": y}, {"y": expected.detach()})
+    for found, wanted in zip(grads, expected_grads, strict=True):
+        assert_near({"grad": found}, {"grad": wanted})
+
+
 def test_frozen_weights_take_no_backward_pass_of_their_own(
     on_kernels: Callable[[], None],
     kernel_device: torch.device,

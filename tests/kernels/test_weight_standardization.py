@@ -146,6 +146,25 @@ def test_the_jacobian_is_that_of_autograd(
     assert_near(grads, raw_expected)
 
 
+@pytest.mark.parametrize("scale", SCALES)
+def test_a_constant_multiplies_the_weights_and_all_that_follows_from_them(
+    scale: float, name: str, kernel_device: torch.device
+) -> None:
+    constant, shape = 1.7, SHAPES[2]
+    weight, gain = parameters(shape, scale, kernel_device)
+    plain, _ = RUNS[name][0](weight, gain, torch.float32)
+    effective, how = RUNS[name][0](weight, gain, torch.float32, scale=constant)
+    grads = draw(2, *shape).float().to(kernel_device)
+    # The loss sees constant * weights, so weights see the gradient times the constant.
+    raw_expected, gain_expected = by_autograd(weight, gain, constant * grads)
+    squares = raw_expected.flatten(1).square().sum(1) + gain_expected.square().sum(1)
+
+    assert_near(effective, constant * plain.cpu().double())
+    assert_near(RUNS[name][2](grads, how), squares)
+    assert_near(RUNS[name][1](grads, how), gain_expected)
+    assert_near(grads, raw_expected)
+
+
 @pytest.mark.parametrize("elements", [1, 64])
 def test_a_program_holds_some_of_the_examples(
     elements: int, kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch
@@ -229,9 +248,11 @@ def test_float32_runs_the_kernels(
     called = []
     for run in (standardize_triton, unstandardize_triton_, unstandardized_norms_triton):
 
-        def record(*inputs: object, run: Callable[..., object] = run) -> object:
+        def record(
+            *inputs: object, run: Callable[..., object] = run, **options: object
+        ) -> object:
             called.append(run)
-            return run(*inputs)
+            return run(*inputs, **options)
 
         monkeypatch.setattr(weight_standardization, run.__name__, record)
     weight, gain = parameters(SHAPES[1], 1.0, kernel_device)
