@@ -21,7 +21,13 @@ import numpy as np
 __all__ = ["RandomStreams", "StreamName"]
 
 StreamName = Literal[
-    "init", "sampling", "selection", "augmentation", "noise", "canaries"
+    "init",
+    "sampling",
+    "selection",
+    "augmentation",
+    "stochastic_depth",
+    "noise",
+    "canaries",
 ]
 
 _KEY_BYTES = 16

@@ -55,9 +55,11 @@ class ViewLoader:
         dataset: Training examples, on any device.
         config: Augmentation, its multiplicity, and normalisation constants. With
             `fixed_views` an example has the same views in every step.
-        streams: Streams of the run, of which `augmentation` is used.
+        streams: Streams of the run, of which `augmentation` is used, and
+            `stochastic_depth` if there are draws.
         microbatch_size: Examples M of every microbatch; the last one is padded.
         padded_to: The last one is padded to a multiple of this; None pads it to M.
+        draws_per_view: Uniform numbers D that the network takes for each view.
         dtype: Type of the views.
         device: Where views are made.
     """
@@ -70,6 +72,7 @@ class ViewLoader:
         streams: RandomStreams,
         microbatch_size: int,
         padded_to: int | None = None,
+        draws_per_view: int = 0,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
@@ -82,6 +85,7 @@ class ViewLoader:
         self._streams = streams
         self._microbatch_size = microbatch_size
         self._padded_to = padded_to
+        self._draws_per_view = draws_per_view
         self._device = device
         self._fixed: ViewParameters | None = None
 
@@ -94,8 +98,11 @@ class ViewLoader:
 
     def __call__(
         self, draw: NDArray[np.int64], step: int
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    ) -> Iterator[tuple[Tensor, ...]]:
         """Yields views (M, K, C, H, W), labels (M,) and mask (M,), False for padding.
+
+        Where there are draws, uniform numbers (M, K, D) in [0, 1) stand before the
+        mask, those of an example by its position in the draw, as its views are.
 
         An empty draw yields nothing: its sum is zero, and noise is added all the same.
 
@@ -114,6 +121,7 @@ class ViewLoader:
         rows = upload(rows, self._dataset.images.device)
         labels = upload(self._dataset.labels[rows], self._device)
         mask = upload(mask, self._device)
+        uniforms = self._uniforms(len(draw), step, padded_length=len(mask))
         for part in parts:
             size = len(part.rows)
             place = slice(part.start, part.start + size)
@@ -121,7 +129,7 @@ class ViewLoader:
             views = cut_views(
                 images, self._levels, parameters.microbatch(part.start, size)
             )
-            yield views, labels[place], mask[place]
+            yield views, labels[place], *(one[place] for one in uniforms), mask[place]
 
     def _parameters(self, draw: NDArray[np.int64], step: int) -> ViewParameters:
         """Returns the views of all examples of a step."""
@@ -133,6 +141,23 @@ class ViewLoader:
             rng = streams.generator("augmentation")
             self._fixed = self._drawn(rng, len(self._dataset))
         return self._fixed.of(torch.from_numpy(draw))
+
+    def _uniforms(
+        self, num_examples: int, step: int, *, padded_length: int
+    ) -> tuple[Tensor, ...]:
+        """Returns the uniform numbers of all examples of a step, if any are wanted.
+
+        Example after example, so that appending one leaves those before it as they
+        were; a stream of their own, so that views do not depend on them.
+        """
+        if not self._draws_per_view:
+            return ()
+        rng = self._streams.generator("stochastic_depth", step)
+        views = self._config.augmentation_multiplicity
+        shape = (views, self._draws_per_view)
+        uniforms = np.zeros((padded_length, *shape), np.float32)
+        uniforms[:num_examples] = rng.random((num_examples, *shape), dtype=np.float32)
+        return (upload(torch.from_numpy(uniforms), self._device),)
 
     def _drawn(self, rng: np.random.Generator, num_examples: int) -> ViewParameters:
         """Draws the views of examples, as configured."""
@@ -152,10 +177,11 @@ class UserViewLoader:
     Args:
         dataset: Training examples, on any device, with their users.
         config: Augmentation, its multiplicity, and normalisation constants.
-        streams: Streams of the run: `selection` and `augmentation` are used.
+        streams: Streams of the run: `selection` and those of `ViewLoader` are used.
         max_examples: Most examples S of a user in one step.
         microbatch_size: Users M of every microbatch; the last one is padded.
         padded_to: The last one is padded to a multiple of this; None pads it to M.
+        draws_per_view: As for `ViewLoader`.
         dtype: Type of the views.
         device: Where views are made.
     """
@@ -169,6 +195,7 @@ class UserViewLoader:
         max_examples: int,
         microbatch_size: int,
         padded_to: int | None = None,
+        draws_per_view: int = 0,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
@@ -184,15 +211,17 @@ class UserViewLoader:
             streams=streams,
             microbatch_size=microbatch_size * max_examples,
             padded_to=None if padded_to is None else padded_to * max_examples,
+            draws_per_view=draws_per_view,
             dtype=dtype,
             device=device,
         )
 
     def __call__(
         self, draw: NDArray[np.int64], step: int
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    ) -> Iterator[tuple[Tensor, ...]]:
         """Yields views (M, S, K, C, H, W), labels (M, S), present (M, S), mask (M,).
 
+        Where there are draws, uniform numbers (M, S, K, D) stand before the mask.
         `present` is False where a user has fewer than S examples, the mask where there
         is no user. An empty draw yields nothing.
 
@@ -208,12 +237,13 @@ class UserViewLoader:
             torch.from_numpy(np.concatenate([chosen, padding])), self._device
         )
         start = 0
-        for views, labels, mask in self._load_examples(rows.ravel(), step):
+        for views, labels, *uniforms, mask in self._load_examples(rows.ravel(), step):
             num_users = len(mask) // size
             yield (
                 views.view(num_users, size, *views.shape[1:]),  # (M, S, K, C, H, W)
                 labels.view(num_users, size),
                 present[start : start + num_users],
+                *(one.view(num_users, size, *one.shape[1:]) for one in uniforms),
                 mask.view(num_users, size)[:, 0],
             )
             start += num_users

@@ -174,16 +174,20 @@ class GradientCanaries:
         """Returns a loss that has the canaries' gradients where labels are theirs.
 
         Args:
-            loss_fn: `loss_fn(params, views, label)` of all other examples.
+            loss_fn: `loss_fn(params, views, label)` of all other examples; what it is
+                given beyond that is passed on.
         """
 
-        def loss(params: Params, views: Tensor, label: Tensor) -> Tensor:
+        def loss(
+            params: Params, views: Tensor, label: Tensor, *uniforms: Tensor
+        ) -> Tensor:
             is_canary = label >= self.first_label
             canary = (label - self.first_label).clamp(min=0)[None]  # (1,)
             flat = torch.cat([leaf.flatten() for leaf in params.values()])
             along = (flat[self.coordinates[canary]] * self.signs[canary]).sum()
             pushed = along * (_TIMES_THE_BOUND * self.clipping_norm / self._length)
-            other = loss_fn(params, views, torch.where(is_canary, 0, label))
+            no_canary = torch.where(is_canary, 0, label)
+            other = loss_fn(params, views, no_canary, *uniforms)
             return torch.where(is_canary, pushed, other)
 
         return loss

@@ -80,6 +80,36 @@ def test_every_drawn_example_comes_once_in_the_views_of_its_step(
 
 def test_an_empty_draw_yields_nothing() -> None:
     assert load([]) == []
+    assert load([], draws_per_view=2) == []
+
+
+def uniforms_of(draw: list[int], **changes: Any) -> Tensor:
+    parts = load(draw, draws_per_view=5, **changes)
+    return torch.cat([uniforms[mask] for _, _, uniforms, mask in parts])
+
+
+def test_uniform_draws_follow_from_the_step_and_the_place_in_the_draw() -> None:
+    whole = uniforms_of([1, 4, 7, 9, 15, 18])
+
+    assert whole.shape == (6, 3, 5)
+    assert whole.dtype == torch.float32
+    assert 0 <= whole.min() < 0.1
+    assert 0.9 < whole.max() < 1
+    assert len(whole.unique()) == whole.numel()  # no view shares another's
+    for changes in ({"microbatch_size": 1}, {"padded_to": 2}, {"dtype": torch.float64}):
+        assert torch.equal(uniforms_of([1, 4, 7, 9, 15, 18], **changes), whole)
+    assert torch.equal(uniforms_of([2, 4, 7]), whole[:3])
+    assert not torch.equal(uniforms_of([2, 4, 7], step=8), whole[:3])
+
+
+def test_uniform_draws_change_no_view() -> None:
+    draw = [1, 4, 7, 9, 15]
+    plain, with_draws = load(draw), load(draw, draws_per_view=5)
+
+    for (views, labels, mask), found in zip(plain, with_draws, strict=True):
+        assert torch.equal(views, found[0])
+        assert torch.equal(labels, found[1])
+        assert torch.equal(mask, found[-1])
 
 
 def test_what_a_step_draws_is_uploaded_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,7 +121,7 @@ def test_what_a_step_draws_is_uploaded_once(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(dpsgd.data.batches, "upload", counted)
     monkeypatch.setattr("dpsgd.data.augmentation.upload", counted)
-    load_views = loader()
+    load_views = loader(draws_per_view=2)
     counts = []
     for size in (4, 20):
         sent.clear()
@@ -100,8 +130,8 @@ def test_what_a_step_draws_is_uploaded_once(monkeypatch: pytest.MonkeyPatch) -> 
         assert len(images) == size // 4  # gathered on the device, if they lie there
         counts.append(len(sent) - len(images))
 
-    # Rows, labels, mask, offsets and flips, however many microbatches.
-    assert counts == [5, 5]
+    # Rows, labels, mask, offsets, flips and draws, however many microbatches.
+    assert counts == [6, 6]
 
 
 def test_constants_that_do_not_fit_are_refused_before_the_first_step() -> None:

@@ -72,6 +72,16 @@ def test_each_canary_has_a_direction_of_its_own() -> None:
         assert float(norm) == pytest.approx(BOUND)
 
 
+def test_what_else_the_loss_is_given_reaches_it_beside_canaries() -> None:
+    def loss(params: Params, views: Tensor, label: Tensor, draws: Tensor) -> Tensor:
+        return image_loss(params, views, label) * draws.sum()
+
+    planted, views = canaries().loss_fn(loss), torch.ones(1, 1, 2, 2)
+    found = planted(params(), views, torch.tensor(3), torch.tensor([2.0, 5.0]))
+
+    assert float(found) == 7 * float(image_loss(params(), views, torch.tensor(3)))
+
+
 def test_other_examples_keep_their_gradients_beside_canaries() -> None:
     planted = canaries()
     mixed = clipped([3, 12, 7], planted)

@@ -89,13 +89,16 @@ CONFIG = DataConfig(
 )
 
 
-def loader(microbatch_size: int, most: int = 3) -> UserViewLoader:
+def loader(
+    microbatch_size: int, most: int = 3, draws_per_view: int = 0
+) -> UserViewLoader:
     return UserViewLoader(
         dataset(),
         config=CONFIG,
         streams=STREAMS,
         max_examples=most,
         microbatch_size=microbatch_size,
+        draws_per_view=draws_per_view,
         dtype=torch.float32,
         device=torch.device("cpu"),
     )
@@ -127,13 +130,14 @@ def test_the_views_of_a_user_are_those_of_its_selected_examples() -> None:
 @pytest.mark.parametrize("microbatch_size", [1, 2, 3, 7])
 def test_the_microbatch_size_changes_no_user(microbatch_size: int) -> None:
     draw = np.array([0, 1, 2, 3])
-    (whole,) = loader(4)(draw, 7)
-    parts = list(loader(microbatch_size)(draw, 7))
+    (whole,) = loader(4, draws_per_view=5)(draw, 7)
+    parts = list(loader(microbatch_size, draws_per_view=5)(draw, 7))
     kept = [
         torch.cat([part[index][part[-1]] for part in parts])
         for index in range(len(whole))
     ]
 
+    assert whole[3].shape == (4, 3, 2, 5)  # uniform numbers of each view
     for mine, expected in zip(kept, whole, strict=True):
         torch.testing.assert_close(mine, expected, rtol=0, atol=0)
 
