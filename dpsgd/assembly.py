@@ -33,6 +33,7 @@ from dpsgd.gradient_engine import build_gradient_engine, execution_of, loss_of
 from dpsgd.models import (
     build_model,
     check_model,
+    draws_per_view,
     freeze,
     frozen_tensors,
     initialize,
@@ -286,7 +287,11 @@ def _secure_noise(config: Config, plan: Plan, params: Params) -> SecureNoise | N
 
 
 def _view_loader(
-    config: Config, plan: Plan, splits: DataSplits, streams: RandomStreams
+    config: Config,
+    plan: Plan,
+    splits: DataSplits,
+    streams: RandomStreams,
+    model: nn.Module,
 ) -> LoadViews:
     """Returns what turns draws of the training set into views."""
     # A draw ends, on average, half a microbatch early. Two sizes are worth recording;
@@ -305,6 +310,7 @@ def _view_loader(
         streams=streams,
         microbatch_size=plan.microbatch_size,
         padded_to=half if ends_early else None,
+        draws_per_view=draws_per_view(model),
         dtype=getattr(torch, config.model.compute_dtype),
         device=plan.device,
     )
@@ -326,7 +332,7 @@ def _loader(
 ) -> LoadViews:
     """Returns what turns draws of the training set into views, or their features."""
     if cache is None:
-        return _view_loader(config, plan, splits, streams)
+        return _view_loader(config, plan, splits, streams, model)
     return FeatureLoader(
         cache.load(model, splits.train, config),
         splits.train.labels,

@@ -153,6 +153,10 @@ def _cache_faults(config: Config) -> list[str]:
             augmentation != "none" and not config.data.fixed_views,
             "set data.fixed_views=true or data.augmentation=none",
         ),
+        "features are computed once, without stochastic depth": (
+            config.model.stochastic_depth > 0,
+            "set model.stochastic_depth=0, or remove it",
+        ),
         "the examples of users are not kept": (
             config.privacy.unit == "user",
             "remove it",

@@ -110,14 +110,19 @@ class ModelConfig:
     """Registered architecture."""
 
     depth: PositiveInt = 16
-    """Number of layers: 6n + 4 for a Wide-ResNet, convolutions for a convnet."""
+    """Number of layers: 6n + 4 for a Wide-ResNet, convolutions for a convnet, 50, 101,
+    152, 200 or 288 for an NF-ResNet."""
+
+    variant: Literal["F0", "F1", "F2", "F3", "F4", "F5", "F6"] | None = None
+    """Size of an NFNet; null for all other networks."""
 
     width: PositiveInt = 4
     """Channel multiplier: stages of a Wide-ResNet have 16, 32 and 64 times it, layers
     of a convnet 16, 32, 64 and so on."""
 
     normalization: Literal["group_norm", "none"] = "group_norm"
-    """Normalisation within one example; batch normalisation mixes examples."""
+    """Normalisation within one example; batch normalisation mixes examples. NF-ResNets
+    and NFNets have `none`."""
 
     groups: PositiveInt = 16
     """Groups of the group normalisation."""
@@ -127,6 +132,14 @@ class ModelConfig:
 
     weight_standardization: bool = True
     """Whether convolutions standardise their weights (Qiao et al. 2019)."""
+
+    skip_gain_init: NonNegative = 0.0
+    """Where the factor that an NF-ResNet or NFNet learns for each residual branch
+    starts, >= 0: 0 as published, 1 for training from scratch with privacy."""
+
+    stochastic_depth: Fraction = 0.0
+    """Rate in [0, 1) at which the last residual branch of an NF-ResNet or NFNet is left
+    out for a view, in training alone; it rises linearly from 0 at the first."""
 
     num_classes: PositiveInt | None = None
     """Outputs of the classifier; null takes the classes that the data set declares."""

@@ -14,6 +14,9 @@ from dpsgd.errors import ConfigError, fault
 from dpsgd.models.compatibility import check_model
 from dpsgd.models.convnet import build_convnet
 from dpsgd.models.layers import initialize
+from dpsgd.models.nf_resnet import build_nf_resnet
+from dpsgd.models.nfnet import build_nfnet
+from dpsgd.models.norm_free import NormFreeNetwork
 from dpsgd.models.trainable import (
     CLASSIFIER,
     freeze,
@@ -29,6 +32,7 @@ __all__ = [
     "build_model",
     "check_model",
     "classifier_loss",
+    "draws_per_view",
     "freeze",
     "frozen_tensors",
     "initialize",
@@ -57,6 +61,8 @@ class ModelBuilder(Protocol):
 
 MODELS: dict[str, ModelBuilder] = {
     "convnet": build_convnet,
+    "nf_resnet": build_nf_resnet,
+    "nfnet": build_nfnet,
     "wide_resnet": build_wide_resnet,
 }
 
@@ -82,9 +88,14 @@ def build_model(
     return build(config, image_shape=image_shape, num_classes=num_classes)
 
 
+def draws_per_view(model: nn.Module) -> int:
+    """Returns how many uniform numbers stochastic depth takes for a view, 0 without."""
+    return model.draws_per_view if isinstance(model, NormFreeNetwork) else 0
+
+
 def per_example_loss(
     model: nn.Module, *, label_smoothing: float = 0.0
-) -> Callable[[Params, Tensor, Tensor], Tensor]:
+) -> Callable[..., Tensor]:
     """Returns the loss of one example as a function of the trainable parameters.
 
     The K views of the example are averaged inside its loss, so that they are clipped
@@ -97,13 +108,14 @@ def per_example_loss(
     Returns:
         `loss(params, views, label)` of `views` (K, C, H, W) and `label` (): the mean
         cross-entropy over the views, a scalar. Parameters that are not in `params`
-        are the model's own, and constant.
+        are the model's own, and constant. A model with stochastic depth takes as
+        fourth `uniforms` (K, draws_per_view), without which no branch is left out.
 
     Source: De et al. 2022 (arXiv:2204.13650), section 3, "augmentation multiplicity".
     """
 
-    def loss(params: Params, views: Tensor, label: Tensor) -> Tensor:
-        logits = functional_call(model, params, (views,))
+    def loss(params: Params, views: Tensor, label: Tensor, *uniforms: Tensor) -> Tensor:
+        logits = functional_call(model, params, (views, *uniforms))
         labels = label.expand(logits.shape[0])
         return F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
 
@@ -138,7 +150,7 @@ def classifier_loss(
 
 def per_user_loss(
     model: nn.Module, *, label_smoothing: float = 0.0
-) -> Callable[[Params, Tensor, Tensor, Tensor], Tensor]:
+) -> Callable[..., Tensor]:
     r"""Returns the loss of one user as a function of the trainable parameters.
 
     The loss is $\frac{1}{n} \sum_{i=1}^{n} \ell_i$ over the n examples with which the
@@ -155,14 +167,22 @@ def per_user_loss(
     Returns:
         `loss(params, views, labels, present)` of `views` (S, K, C, H, W), `labels` (S,)
         and `present` (S,) bool, False for padding, which counts for nothing; a scalar,
-        0 if all is padding.
+        0 if all is padding. A model with stochastic depth takes as fifth `uniforms`
+        (S, K, draws_per_view).
 
     Source: the gradient of a user, averaged and then clipped: McMahan et al. 2018
     (arXiv:1710.06963), with one step in place of local training.
     """
 
-    def loss(params: Params, views: Tensor, labels: Tensor, present: Tensor) -> Tensor:
-        logits = functional_call(model, params, (views.flatten(0, 1),))  # (S * K, O)
+    def loss(
+        params: Params,
+        views: Tensor,
+        labels: Tensor,
+        present: Tensor,
+        *uniforms: Tensor,
+    ) -> Tensor:
+        inputs = tuple(one.flatten(0, 1) for one in (views, *uniforms))
+        logits = functional_call(model, params, inputs)  # (S * K, O)
         repeated = labels[:, None].expand(views.shape[:2]).flatten()
         losses = F.cross_entropy(
             logits, repeated, reduction="none", label_smoothing=label_smoothing

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from dpsgd.config import ModelConfig
 from dpsgd.errors import ConfigError, fault
 from dpsgd.models.layers import Conv2d, Linear, activation_and_norm
+from dpsgd.models.settings import faults_of_unused
 
 __all__ = ["ConvNet", "build_convnet"]
 
@@ -74,10 +75,10 @@ def build_convnet(
         num_classes: Outputs, >= 2.
 
     Raises:
-        ConfigError: The depth would halve the image away, or the groups do not divide
-            the channels.
+        ConfigError: The depth would halve the image away, the groups do not divide the
+            channels, or a setting is given that the network does not have.
     """
-    faults = []
+    faults = faults_of_unused(config, "variant", "skip_gain_init", "stochastic_depth")
     most = min(image_shape[1:]).bit_length()
     if config.depth > most:
         rule = f"must be at most {most} for images of {image_shape[1:]} pixels"

@@ -111,6 +111,8 @@ class Conv2d(Layer):
         standardized: Standardise the weights and learn a gain a output channel.
         stride_padding: Of a convolution with a stride: `symmetric`, half a kernel on
             every side, or `same`, what JAX's SAME adds.
+        scale: Constant that multiplies standardised weights, where a scaled activation
+            would take a pass over the images.
     """
 
     gain: nn.Parameter | None
@@ -125,8 +127,10 @@ class Conv2d(Layer):
         groups: int = 1,
         standardized: bool = True,
         stride_padding: str = "symmetric",
+        scale: float = 1.0,
     ) -> None:
         super().__init__()
+        self.scale = scale
         self.pads_as_jax = stride > 1 and stride_padding == "same"
         padding = 0 if self.pads_as_jax else kernel_size // 2
         self.geometry = ConvGeometry(kernel_size, stride, padding, groups)
@@ -152,7 +156,9 @@ class Conv2d(Layer):
         """Maps (K, I, H, W) to (K, O, H/stride, W/stride), in the type of `x`."""
         if self.pads_as_jax:
             x = self._padded(x)
-        images = standardized_conv2d(x, self.weight, self.gain, self.geometry)
+        images = standardized_conv2d(
+            x, self.weight, self.gain, self.geometry, scale=self.scale
+        )
         return Addends(images, (self.bias,))
 
     def _padded(self, x: Tensor) -> Tensor:
@@ -214,25 +220,33 @@ class Relu(nn.Module):
 
 
 class Linear(Layer):
-    """Classifier in float32 or wider.
+    """A linear layer, such as a classifier, in float32 or wider.
 
     Args:
         in_features: I.
         out_features: O.
+        std: Standard deviation of drawn weights; None truncates at variance 1/I.
     """
 
-    def __init__(self, in_features: int, out_features: int) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, *, std: float | None = None
+    ) -> None:
         super().__init__()
+        self._std = std
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.empty(out_features))
 
     def initialize(self, rng: np.random.Generator) -> None:
-        """Draws weights from a normal truncated at +-2 std, variance 1/I; bias 0."""
-        low, high = ndtr(-_TRUNCATION), ndtr(_TRUNCATION)
-        unit = ndtri(rng.uniform(low, high, size=tuple(self.weight.shape)))
-        scale = _TRUNCATED_STD * math.sqrt(self.weight.shape[1])
+        """Draws weights of the given std, or truncated of variance 1/I; bias 0."""
+        shape = tuple(self.weight.shape)
+        if self._std is not None:
+            weight = self._std * rng.standard_normal(shape)
+        else:
+            low, high = ndtr(-_TRUNCATION), ndtr(_TRUNCATION)
+            unit = ndtri(rng.uniform(low, high, size=shape))
+            weight = unit / (_TRUNCATED_STD * math.sqrt(shape[1]))
         with torch.no_grad():
-            self.weight.copy_(torch.from_numpy(unit / scale))
+            self.weight.copy_(torch.from_numpy(weight))
             self.bias.zero_()
 
     def forward(self, x: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from dpsgd.models.layers import (
     activate,
     activation_and_norm,
 )
+from dpsgd.models.settings import faults_of_unused
 
 __all__ = ["WideResNet", "build_wide_resnet"]
 
@@ -152,9 +153,10 @@ def build_wide_resnet(
         num_classes: Outputs, >= 2.
 
     Raises:
-        ConfigError: The depth is not 6n + 4, or the groups do not divide the channels.
+        ConfigError: The depth is not 6n + 4, the groups do not divide the channels, or
+            a setting is given that the network does not have.
     """
-    faults = []
+    faults = faults_of_unused(config, "variant", "skip_gain_init", "stochastic_depth")
     if config.depth < 10 or (config.depth - 4) % 6:
         rule = "must be 6n + 4 with n >= 1"
         faults.append(fault("model.depth", config.depth, rule, "take 10, 16, 28 or 40"))

@@ -1,0 +1,73 @@
+"""NF-ResNets: ResNets of scaled ReLU and standardised weights, without normalisation.
+
+Source: Brock, De and Smith 2021 (arXiv:2101.08692). timm's `nf_resnet50` differs: its
+shortcuts are halved by average pooling, here by the stride of their 1x1 convolution as
+published; it has no skip gains; its standardisation adds 1e-5 to the variance, here
+the squared norm is at least 1e-4.
+"""
+
+import torch
+
+from dpsgd.config import ModelConfig
+from dpsgd.errors import ConfigError, fault
+from dpsgd.models.norm_free import RELU, NormFreeDesign, NormFreeNetwork
+from dpsgd.models.settings import faults_of_norm_free, faults_of_unused
+
+__all__ = ["build_nf_resnet", "nf_resnet_design"]
+
+_DEPTHS = {
+    50: (3, 4, 6, 3),
+    101: (3, 4, 23, 3),
+    152: (3, 8, 36, 3),
+    200: (3, 24, 36, 3),
+    288: (24, 24, 24, 24),
+}
+
+
+def nf_resnet_design(depth: int) -> NormFreeDesign:
+    """Returns the architecture of a published depth: 50, 101, 152, 200 or 288."""
+    return NormFreeDesign(
+        depths=_DEPTHS[depth],
+        widths=(256, 512, 1024, 2048),
+        stem=((64, 7, 2),),
+        stem_pools=True,
+        bottleneck=0.25,
+        num_spatial=1,
+        group_width=None,
+        squeeze_excite=None,
+        pools_shortcut=False,
+        head_channels=None,
+        activation=RELU,
+    )
+
+
+def build_nf_resnet(
+    config: ModelConfig, *, image_shape: tuple[int, int, int], num_classes: int
+) -> NormFreeNetwork:
+    """Builds the NF-ResNet that a configuration describes, parameters undrawn.
+
+    Args:
+        config: Depth, skip gains, stochastic depth, padding and compute type.
+        image_shape: (C, H, W) of one image.
+        num_classes: Outputs, >= 2.
+
+    Raises:
+        ConfigError: The depth is not a published one, images are below 32 pixels, or a
+            setting is given that the network does not have.
+    """
+    faults = faults_of_norm_free(config, image_shape)
+    faults += faults_of_unused(config, "variant")
+    if config.depth not in _DEPTHS:
+        rule = f"must be one of {', '.join(map(str, _DEPTHS))}"
+        faults.append(fault("model.depth", config.depth, rule, "take one of them"))
+    if faults:
+        raise ConfigError("\n".join(faults))
+    return NormFreeNetwork(
+        nf_resnet_design(config.depth),
+        in_channels=image_shape[0],
+        num_classes=num_classes,
+        skip_gain_init=config.skip_gain_init,
+        stochastic_depth=config.stochastic_depth,
+        stride_padding=config.stride_padding,
+        compute_dtype=getattr(torch, config.compute_dtype),
+    )

@@ -1,0 +1,69 @@
+"""NFNets: wider, grouped, with squeeze-excite and scaled GELU, without normalisation.
+
+Source: Brock et al. 2021 (arXiv:2102.06171). timm's `dm_nfnet_f0` differs: its GELU is
+exact, here and as published its tanh form; its standardisation adds 1e-5 to the
+variance, here the squared norm is at least 1e-4. It pads as `model.stride_padding=same`
+does.
+"""
+
+import torch
+
+from dpsgd.config import ModelConfig
+from dpsgd.errors import ConfigError, fault
+from dpsgd.models.norm_free import GELU, NormFreeDesign, NormFreeNetwork
+from dpsgd.models.settings import faults_of_norm_free, faults_of_unused
+
+__all__ = ["build_nfnet", "nfnet_design"]
+
+_F0_DEPTHS = (1, 2, 6, 3)
+_VARIANTS = ("F0", "F1", "F2", "F3", "F4", "F5", "F6")
+
+
+def nfnet_design(variant: str) -> NormFreeDesign:
+    """Returns the architecture of a published variant: F0 to F6."""
+    times = 1 + _VARIANTS.index(variant)
+    return NormFreeDesign(
+        depths=tuple(times * depth for depth in _F0_DEPTHS),
+        widths=(256, 512, 1536, 1536),
+        stem=((16, 3, 2), (32, 3, 1), (64, 3, 1), (128, 3, 2)),
+        stem_pools=False,
+        bottleneck=0.5,
+        num_spatial=2,
+        group_width=128,
+        squeeze_excite=0.5,
+        pools_shortcut=True,
+        head_channels=3072,
+        activation=GELU,
+    )
+
+
+def build_nfnet(
+    config: ModelConfig, *, image_shape: tuple[int, int, int], num_classes: int
+) -> NormFreeNetwork:
+    """Builds the NFNet that a configuration describes, parameters undrawn.
+
+    Args:
+        config: Variant, skip gains, stochastic depth, padding and compute type.
+        image_shape: (C, H, W) of one image.
+        num_classes: Outputs, >= 2.
+
+    Raises:
+        ConfigError: There is no variant, images are below 32 pixels, or a setting is
+            given that the network does not have.
+    """
+    faults = faults_of_norm_free(config, image_shape)
+    faults += faults_of_unused(config, "depth")
+    if config.variant is None:
+        rule = "an nfnet has a variant in place of a depth"
+        faults.append(fault("model.variant", None, rule, "take one of F0 to F6"))
+    if faults:
+        raise ConfigError("\n".join(faults))
+    return NormFreeNetwork(
+        nfnet_design(str(config.variant)),
+        in_channels=image_shape[0],
+        num_classes=num_classes,
+        skip_gain_init=config.skip_gain_init,
+        stochastic_depth=config.stochastic_depth,
+        stride_padding=config.stride_padding,
+        compute_dtype=getattr(torch, config.compute_dtype),
+    )
