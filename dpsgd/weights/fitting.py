@@ -11,7 +11,7 @@ from dpsgd.config import Config
 from dpsgd.errors import ConfigError, fault
 from dpsgd.models import CLASSIFIER
 from dpsgd.trees import Params, sha256
-from dpsgd.weights.named import renamed
+from dpsgd.weights.named import network_of_named, renamed
 from dpsgd.weights.sources import Weights
 
 __all__ = ["Initialization", "fit"]
@@ -23,6 +23,7 @@ _MOST_LINES = 5
 _DECIDING = (
     "name",
     "depth",
+    "variant",
     "width",
     "normalization",
     "groups",
@@ -132,9 +133,7 @@ def fit(weights: Weights, model: nn.Module, config: Config) -> Initialization:
 def _check_network(weights: Weights, config: Config) -> None:
     """Raises if the weights are known to be of a network that computes otherwise."""
     wanted = {name: getattr(config.model, name) for name in _DECIDING}
-    network = dict(weights.network)
-    if weights.naming == "jax":
-        network["stride_padding"] = "same"
+    network = {**weights.network, **network_of_named(weights.naming)}
     lines = [
         fault(f"model.{name}", wanted[name], f"the weights are of {value}", _REMEDY)
         for name, value in network.items()

@@ -6,14 +6,17 @@ from typing import Any
 from dpsgd.errors import CheckpointError, ConfigError, fault
 from dpsgd.trees import Params
 from dpsgd.weights.jax import from_jax_wide_resnet
+from dpsgd.weights.timm import from_timm_nfnet
 
-__all__ = ["NAME_MAPS", "is_named", "read_named", "renamed"]
+__all__ = ["NAME_MAPS", "is_named", "network_of_named", "read_named", "renamed"]
 
 _FIELD = "model.init_from"
 _LIBRARIES = ("torchvision", "timm")
+_NFNETS = {f"timm:dm_nfnet_f{size}": f"F{size}" for size in range(7)}
 
 NAME_MAPS: dict[tuple[str, str], Callable[[Params], Params]] = {
     ("jax", "wide_resnet"): from_jax_wide_resnet,
+    **{(name, "nfnet"): from_timm_nfnet for name in _NFNETS},
 }
 """By (naming, our network): turns its tensors into ours, names and layout. Keys are
 `jax`, `torchvision:NAME` or `timm:NAME`; what is not here does not fit."""
@@ -23,6 +26,19 @@ def is_named(init_from: str) -> bool:
     """Returns whether weights are those of a library's network, not a path."""
     library, colon, _ = init_from.partition(":")
     return bool(colon) and library in _LIBRARIES
+
+
+def network_of_named(naming: str) -> dict[str, Any]:
+    """Returns the settings, as far as they are known, of the network with some naming.
+
+    Args:
+        naming: As for `renamed`.
+    """
+    if naming == "jax":
+        return {"stride_padding": "same"}
+    if naming in _NFNETS:
+        return {"stride_padding": "same", "variant": _NFNETS[naming]}
+    return {}
 
 
 def renamed(tensors: Params, *, naming: str, network: str) -> Params:
