@@ -11,8 +11,9 @@ A constant s that multiplies the weights, such as that of a scaled activation be
 convolution, takes no pass of its own: with su for u, sr for r and a/s^2 for a all of
 this holds as it stands.
 
-Source: Qiao et al. 2019 (arXiv:1903.10520); scaled by fan-in as in Brock et al. 2021
-(arXiv:2101.08692).
+Source: Qiao et al. 2019 (arXiv:1903.10520); scaled by fan-in and bounded as in Brock et
+al. 2021 (arXiv:2101.08692) and their code. timm's ScaledStdConv2d adds a constant to
+the variance in place of the bound.
 """
 
 import math

@@ -3,7 +3,8 @@
 Source: Brock et al. 2021 (arXiv:2102.06171). timm's `dm_nfnet_f0` differs: its GELU is
 exact, here and as published its tanh form; its standardisation adds 1e-5 to the
 variance, here the squared norm is at least 1e-4. It pads as `model.stride_padding=same`
-does.
+does. Shortcuts are averaged over 2x2 pixels, so variances are below the predicted ones
+where images are not smooth.
 """
 
 import torch
