@@ -303,12 +303,10 @@ def _memory(
     """Returns what a microbatch takes, of images or of their cached features."""
     shape: tuple[int, ...] = facts.image_shape
     per_sample, held = config.privacy.enabled, 0
-    dtype = getattr(torch, config.model.compute_dtype)
     if config.runtime.feature_cache is not None:
         model = model.get_submodule(CLASSIFIER)
         shape = model.get_parameter("weight").shape[1:]
         num_features = config.data.augmentation_multiplicity * math.prod(shape)
-        dtype = torch.float32  # of the features
         held = _FLOAT32_BYTES * facts.num_examples * num_features
         # The ghost engine, which is the default on features, stores no gradients.
         is_stored = config.runtime.engine == "vmap" or config.privacy.noise == "secure"
@@ -318,7 +316,6 @@ def _memory(
         image_shape=shape,
         num_views=config.views_per_unit,
         device=device.type,
-        compute_dtype=dtype,
         per_sample=per_sample,
     )
     return replace(memory, fixed=memory.fixed + held)

@@ -4,22 +4,23 @@ The forward pass runs on the meta device, where tensors have shapes and no stora
 what autograd would keep for the backward pass is added up.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from dpsgd.kernels.tape import Tape
 from dpsgd.trees import num_elements
 
 __all__ = ["MicrobatchMemory", "measure_microbatch"]
 
 _FLOAT32_BYTES = 4
-# What a pass takes at its peak, over what autograd would keep with plain operators.
-# Measured: CPU, small networks (0.6 to 0.8 of 1.9); H100, WRN-16-4 in bfloat16 with our
-# operators (0.45). Those keep two tensors a layer, and no float32 copies of them.
-_CPU_SHARE = 1.9
-_CUDA_SHARES = {2: 0.6, 4: 1.0, 8: 1.0}
+# What a pass takes at its peak, over what autograd would keep with the operators that
+# run on the device. Measured: CPU, small networks (0.6 to 0.8 of 1.9); H100, WRN-16-4
+# in bfloat16 (0.86 of 1.15).
+_CPU_SHARE, _CUDA_SHARE = 1.9, 1.15
 # Copies of the per-sample gradients: plain operators give some in another layout.
 _CPU_COPIES, _CUDA_COPIES = 2, 1
 
@@ -51,7 +52,6 @@ def measure_microbatch(
     image_shape: tuple[int, ...],
     num_views: int,
     device: str = "cpu",
-    compute_dtype: torch.dtype = torch.float32,
     per_sample: bool = True,
 ) -> MicrobatchMemory:
     """Counts the memory of the vmap engine, or of a pass without privacy.
@@ -63,24 +63,22 @@ def measure_microbatch(
         image_shape: (C, H, W) of one image, or whatever else the model is given.
         num_views: Views K of each example.
         device: Type of the device that is planned for, `cpu` or `cuda`.
-        compute_dtype: Type of the activations.
         per_sample: Whether every example has a gradient of its own.
     """
     leaves = dict(model.named_parameters())
     params = {name: leaf.detach() for name, leaf in leaves.items()}
-    one, two = (
-        _saved_bytes(model, params, (count * num_views, *image_shape))
-        for count in (1, 2)
-    )
-    trained = {
-        name: leaf for name, leaf in model.named_parameters() if leaf.requires_grad
-    }
+    # Under a tape operators are those that run on CUDA, without copies in float32.
+    with Tape() if device == "cuda" else nullcontext():
+        one, two = (
+            _saved_bytes(model, params, (count * num_views, *image_shape))
+            for count in (1, 2)
+        )
     trained = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
     grads = _FLOAT32_BYTES * num_elements(trained)
     frozen = _FLOAT32_BYTES * num_elements(params) - grads
     share, copies = _CPU_SHARE, _CPU_COPIES
     if device == "cuda":
-        share, copies = _CUDA_SHARES[compute_dtype.itemsize], _CUDA_COPIES
+        share, copies = _CUDA_SHARE, _CUDA_COPIES
     per_example = int(share * (two - one)) + per_sample * copies * grads
     return MicrobatchMemory(fixed=5 * grads + frozen, per_example=per_example)
 

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 from dpsgd.clipping import MicrobatchMemory, clipped_grad, measure_microbatch
 from dpsgd.config import ModelConfig
 from dpsgd.models import build_model, per_example_loss, trainable_params
+from dpsgd.models.layers import Conv2d
 from dpsgd.trees import num_elements
 
 Network = Callable[..., nn.Module]
@@ -130,7 +131,27 @@ def test_what_an_h100_took_is_foreseen(views: int, examples: int, gib: float) ->
         image_shape=(3, 32, 32),
         num_views=views,
         device="cuda",
-        compute_dtype=torch.bfloat16,
     )
 
     assert gib <= memory.total(examples) / 2**30 <= 1.2 * gib
+
+
+def test_networks_without_norms_are_not_taken_to_save_copies() -> None:
+    shape = (3, 64, 64)
+    config = ModelConfig(
+        name="nf_resnet", depth=50, normalization="none", compute_dtype="bfloat16"
+    )
+    with torch.device("meta"):
+        model = build_model(config, image_shape=shape, num_classes=10)
+    gradient = 4 * num_elements(trainable_params(model))
+    kept: list[torch.Tensor] = []  # inputs of convolutions, and what skip gains scale
+    for name, layer in model.named_modules():
+        if isinstance(layer, Conv2d) and not name.endswith("projection"):
+            layer.register_forward_hook(lambda *args: kept.append(args[1][0]))
+        if isinstance(layer, Conv2d) and name.endswith("branch.2"):
+            layer.register_forward_hook(lambda *args: kept.append(args[2].images))
+    model(torch.empty((1, *shape), device="meta"))
+    num_bytes = sum(one.nbytes for one in kept)
+    memory = measure_microbatch(model, image_shape=shape, num_views=4, device="cuda")
+
+    assert memory.per_example > gradient + 4 * num_bytes
