@@ -17,6 +17,7 @@ from dpsgd.data.overlap import FRAMINGS, Framing, Matches, find_matches
 from dpsgd.data.overlap_report import Overlap
 from dpsgd.data.sampling import Microbatch, PoissonSampler, microbatches
 from dpsgd.data.sources import SOURCES, load_datasets, load_images
+from dpsgd.data.store import Resizing, Store, open_source, prepare
 from dpsgd.data.users import UserExamples
 
 __all__ = [
@@ -32,6 +33,8 @@ __all__ = [
     "Overlap",
     "PoissonSampler",
     "PublicFacts",
+    "Resizing",
+    "Store",
     "UserExamples",
     "UserViewLoader",
     "ViewLoader",
@@ -48,7 +51,9 @@ __all__ = [
     "microbatches",
     "mislabelled",
     "normalize",
+    "open_source",
     "place",
+    "prepare",
     "published_facts",
     "upload",
 ]

@@ -21,7 +21,13 @@ from dpsgd.errors import ConfigError, DataError, fault
 if TYPE_CHECKING:
     import PIL.Image
 
-__all__ = ["EncodedImage", "decode_images", "resolve", "resolve_splits"]
+__all__ = [
+    "EncodedImage",
+    "decode_images",
+    "opened_as_rgb",
+    "resolve",
+    "resolve_splits",
+]
 
 # Large enough to hide the start of each task, small enough to share evenly.
 _IMAGES_PER_TASK = 64
@@ -32,7 +38,7 @@ _TASKS_AT_ONCE = 32
 _MIN_PIXELS_FOR_THREADS = 64 * 64
 
 _GREY_MODES = {"1", "L"}
-# More than 8 bits a pixel: a conversion to 8 would clip or rescale silently.
+# More than 8 bits a pixel.
 _DEEP_MODES = {"I", "F", "I;16", "I;16B", "I;16L", "I;16N"}
 
 
@@ -119,6 +125,23 @@ def decode_images(encoded: Iterable[EncodedImage], count: int) -> Tensor:
                 filled += len(part)
     assert filled == count
     return torch.from_numpy(images)
+
+
+@contextmanager
+def opened_as_rgb(image: EncodedImage) -> "Iterator[PIL.Image.Image]":
+    """Decodes an image file of any size; grey pixels are widened to RGB.
+
+    What is done with the image inside the context is told as part of decoding it.
+
+    Args:
+        image: The file.
+
+    Raises:
+        DataError: It cannot be decoded, or has more than 8 bits a pixel; named.
+    """
+    with _opened(image, None) as opened:
+        _check_depth(image, opened)
+        yield opened if opened.mode == "RGB" else opened.convert("RGB")
 
 
 def resolve(
@@ -229,15 +252,20 @@ def _pixels(
 ) -> NDArray[np.uint8]:
     """Returns the (H, W, C) pixels of an opened image with one channel or three."""
     mode = opened.mode
-    if mode in _DEEP_MODES:
-        rule = f"has pixels of more than 8 bits (mode {mode})"
-        raise _image_fault(image, rule, "convert the images to 8 bits")
+    _check_depth(image, opened)
     if is_grey and mode not in _GREY_MODES:
         rule = f"is not grey (mode {mode}), and the first image is"
         raise _image_fault(image, rule, "convert all images to one mode")
     target = "L" if is_grey else "RGB"
     pixels = np.asarray(opened if mode == target else opened.convert(target))
     return pixels[:, :, None] if is_grey else pixels  # (H, W, C)
+
+
+def _check_depth(image: EncodedImage, opened: "PIL.Image.Image") -> None:
+    """Refuses an image whose conversion to 8 bits would clip or rescale silently."""
+    if opened.mode in _DEEP_MODES:
+        rule = f"has pixels of more than 8 bits (mode {opened.mode})"
+        raise _image_fault(image, rule, "convert the images to 8 bits")
 
 
 def _check_size(

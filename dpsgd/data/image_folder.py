@@ -1,6 +1,7 @@
 """A folder of class folders of image files: root/class_name/*.png."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -9,7 +10,7 @@ from dpsgd.data.dataset import DataSplits, ImageDataset
 from dpsgd.data.files import EncodedImage, decode_images, resolve, resolve_splits
 from dpsgd.errors import DataError, fault
 
-__all__ = ["load_folder_images", "load_image_folder"]
+__all__ = ["FolderImages", "list_folders", "load_folder_images", "load_image_folder"]
 
 _SUFFIXES = frozenset(
     {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
@@ -38,8 +39,24 @@ def load_image_folder(config: DataConfig) -> DataSplits:
     )
 
 
-def _load_split(field: str, roots: list[Path]) -> ImageDataset:
-    """Loads all images under the roots of one split."""
+class FolderImages(NamedTuple):
+    """The images of class folders, none decoded yet, with labels and class names."""
+
+    encoded: list[EncodedImage]
+    labels: list[int]
+    class_names: tuple[str, ...]
+
+
+def list_folders(field: str, roots: list[Path]) -> FolderImages:
+    """Lists all images under the roots of one set, in the order that is documented.
+
+    Args:
+        field: What names the set, for messages.
+        roots: Folders of class folders.
+
+    Raises:
+        DataError: As for `load_image_folder`, but that nothing is decoded.
+    """
     folders = [folder for root in roots for folder in _class_folders(field, root)]
     class_names = sorted({folder.name for folder in folders})
     index = {name: label for label, name in enumerate(class_names)}
@@ -52,10 +69,16 @@ def _load_split(field: str, roots: list[Path]) -> ImageDataset:
         labels += [index[folder.name]] * len(paths)
         held += paths
     _check_held_once(field, held)
+    return FolderImages(encoded, labels, tuple(class_names))
+
+
+def _load_split(field: str, roots: list[Path]) -> ImageDataset:
+    """Loads all images under the roots of one split."""
+    encoded, labels, class_names = list_folders(field, roots)
     return ImageDataset(
         images=decode_images(encoded, len(labels)),
         labels=torch.tensor(labels, dtype=torch.int64),
-        class_names=tuple(class_names),
+        class_names=class_names,
     )
 
 

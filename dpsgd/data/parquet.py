@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from dpsgd.data.dataset import DataSplits, ImageDataset
 from dpsgd.data.files import EncodedImage, decode_images, resolve, resolve_splits
 from dpsgd.errors import ConfigError, DataError, fault
 
-__all__ = ["load_parquet", "load_parquet_images"]
+__all__ = ["ParquetImages", "load_parquet", "load_parquet_images"]
 
 _ROWS_PER_READ = 1024
 _KINDS = {
@@ -58,6 +59,45 @@ class _Shard:
     def fault(self, row: int, rule: str, remedy: str) -> DataError:
         """Returns the error that names a row, counted from 0."""
         return DataError(fault(self.field, _place(self.path, row), rule, remedy))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ParquetImages:
+    """The images of files that are built alike, none decoded yet.
+
+    Attributes:
+        labels: (N,) int64, each checked against the declared classes.
+        class_names: () if the files declare none.
+        paths: The files, in order.
+    """
+
+    labels: NDArray[np.int64]
+    class_names: tuple[str, ...]
+    paths: tuple[Path, ...]
+    _shards: tuple[_Shard, ...]
+
+    @classmethod
+    def of(cls, field: str, paths: list[Path], config: DataConfig) -> "ParquetImages":
+        """Opens files, whose columns `config` names if their types do not tell.
+
+        Raises:
+            UserError: As for `load_parquet`, but that nothing is decoded.
+        """
+        shards = _open_shards(field, paths, config)
+        return cls(
+            labels=np.concatenate([_read_labels(shard) for shard in shards]),
+            class_names=shards[0].columns.class_names,
+            paths=tuple(paths),
+            _shards=tuple(shards),
+        )
+
+    def encoded(self, start: int) -> Iterator[EncodedImage]:
+        """Yields the images from row `start` on, counted over all files."""
+        for shard in self._shards:
+            num_rows = shard.file.metadata.num_rows
+            if start < num_rows:
+                yield from islice(_encoded_images(shard), start, None)
+            start = max(0, start - num_rows)
 
 
 def load_parquet(config: DataConfig) -> DataSplits:
