@@ -21,35 +21,49 @@ _PIXELS = 1024
 
 
 def make_views(
-    images: Tensor, levels: Tensor, *, offsets: Tensor, flips: Tensor, padding: int
+    images: Tensor,
+    levels: Tensor,
+    *,
+    offsets: Tensor,
+    flips: Tensor,
+    padding: int,
+    size: tuple[int, int] | None = None,
 ) -> Tensor:
     """Replaces pixels by their levels, pads, crops and flips.
 
-    Images are padded by mirroring, edge pixel included, then cropped to their own size,
-    then flipped. The padded image is never made.
+    Images are padded by mirroring, edge pixel included, then cropped, then flipped. The
+    padded image is never made.
 
     Args:
         images: (M, C, H, W) uint8, contiguous.
         levels: (C, 256) float value of each pixel value in each channel, contiguous.
         offsets: (M, K, 2) int64, row and column of the crop's corner in the padded
-            image, each in [0, 2 * padding].
+            image, at most as many as the crop then has room for.
         flips: (M, K) bool, True where left and right are swapped.
         padding: Pixels mirrored around the image, at most its side.
+        size: Height h and width w of the crops; None keeps those of the images.
 
     Returns:
-        (M, K, C, H, W) of the type of `levels`. The kernel lays them out as
-        (M, K, H, W, C): the M * K images are channels-last, and convolutions read them
+        (M, K, C, h, w) of the type of `levels`. The kernel lays them out as
+        (M, K, h, w, C): the M * K images are channels-last, and convolutions read them
         without a copy. The reference is contiguous.
     """
     run = make_views_triton if runs_on_triton(images) else make_views_reference
-    return run(images, levels, offsets=offsets, flips=flips, padding=padding)
+    return run(images, levels, offsets=offsets, flips=flips, padding=padding, size=size)
 
 
 def make_views_reference(
-    images: Tensor, levels: Tensor, *, offsets: Tensor, flips: Tensor, padding: int
+    images: Tensor,
+    levels: Tensor,
+    *,
+    offsets: Tensor,
+    flips: Tensor,
+    padding: int,
+    size: tuple[int, int] | None = None,
 ) -> Tensor:
     """Does what `make_views` does, in PyTorch: one gather by index arithmetic."""
-    num_examples, num_channels, height, width = images.shape
+    num_examples, num_channels, *shape = images.shape
+    height, width = size or shape
     device = images.device
     channel = torch.arange(num_channels, device=device)[:, None, None]
     pixels = levels[channel, images.long()]  # (M, C, H, W)
@@ -57,15 +71,15 @@ def make_views_reference(
     left = offsets[:, :, 1, None] - padding
     across = torch.arange(width, device=device)
     across = torch.where(flips[:, :, None], width - 1 - across, across)
-    rows = _mirror(top + torch.arange(height, device=device), height)
-    columns = _mirror(left + across, width)  # (M, K, W)
+    rows = _mirror(top + torch.arange(height, device=device), shape[0])
+    columns = _mirror(left + across, shape[1])  # (M, K, w)
     example = torch.arange(num_examples, device=device)
     return pixels[
         example[:, None, None, None, None],
         channel,
         rows[:, :, None, :, None],
         columns[:, :, None, None, :],
-    ]  # (M, K, C, H, W)
+    ]  # (M, K, C, h, w)
 
 
 def _mirror(index: Tensor, size: int) -> Tensor:
@@ -75,10 +89,17 @@ def _mirror(index: Tensor, size: int) -> Tensor:
 
 
 def make_views_triton(
-    images: Tensor, levels: Tensor, *, offsets: Tensor, flips: Tensor, padding: int
+    images: Tensor,
+    levels: Tensor,
+    *,
+    offsets: Tensor,
+    flips: Tensor,
+    padding: int,
+    size: tuple[int, int] | None = None,
 ) -> Tensor:
     """Does what `make_views` does, in one Triton launch."""
-    num_channels, height, width = images.shape[1:]
+    num_channels, *shape = images.shape[1:]
+    height, width = size or shape
     num_examples, num_views = flips.shape
     views = torch.empty(
         (num_examples, num_views, height, width, num_channels),
@@ -96,11 +117,13 @@ def make_views_triton(
             num_views,
             padding,
             C=num_channels,
-            H=height,
-            W=width,
+            H=shape[0],
+            W=shape[1],
+            CROP_H=height,
+            CROP_W=width,
             BLOCK=_PIXELS,
         )
-    return views.permute(0, 1, 4, 2, 3)  # (M, K, C, H, W)
+    return views.permute(0, 1, 4, 2, 3)  # (M, K, C, h, w)
 
 
 if triton is not None:
@@ -117,24 +140,26 @@ if triton is not None:
         C: tl.constexpr,
         H: tl.constexpr,
         W: tl.constexpr,
+        CROP_H: tl.constexpr,
+        CROP_W: tl.constexpr,
         BLOCK: tl.constexpr,
     ):
         """One program: BLOCK pixels of one view, channels first to vary."""
         view = tl.program_id(0).to(tl.int64)
         element = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        inside = element < H * W * C
+        inside = element < CROP_H * CROP_W * C
         channel = element % C
-        column = element // C % W
-        column = tl.where(tl.load(flips + view), W - 1 - column, column)
+        column = element // C % CROP_W
+        column = tl.where(tl.load(flips + view), CROP_W - 1 - column, column)
         top = tl.load(offsets + 2 * view).to(tl.int32) - padding
         left = tl.load(offsets + 2 * view + 1).to(tl.int32) - padding
-        row = _mirrored(element // (C * W) + top, H)
+        row = _mirrored(element // (C * CROP_W) + top, H)
         column = _mirrored(column + left, W)
         image = images + view // num_views * (C * H * W)
         place = (channel * H + row) * W + column
         pixel = tl.load(image + place, mask=inside, other=0).to(tl.int32)
         level = tl.load(levels + channel * 256 + pixel, mask=inside, other=0.0)
-        tl.store(views + view * (H * W * C) + element, level, mask=inside)
+        tl.store(views + view * (CROP_H * CROP_W * C) + element, level, mask=inside)
 
     @triton.jit
     def _mirrored(index, size):

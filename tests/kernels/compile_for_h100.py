@@ -133,13 +133,15 @@ def updates() -> None:
 
 
 def views() -> None:
-    make_views_triton(
-        torch.zeros(2, 3, 32, 32, dtype=torch.uint8),
-        torch.zeros(3, 256, dtype=NARROW),
-        offsets=torch.zeros(2, 4, 2, dtype=torch.int64),
-        flips=torch.zeros(2, 4, dtype=torch.bool),
-        padding=4,
-    )
+    for size in (None, (24, 24)):
+        make_views_triton(
+            torch.zeros(2, 3, 32, 32, dtype=torch.uint8),
+            torch.zeros(3, 256, dtype=NARROW),
+            offsets=torch.zeros(2, 4, 2, dtype=torch.int64),
+            flips=torch.zeros(2, 4, dtype=torch.bool),
+            padding=4,
+            size=size,
+        )
 
 
 def main() -> None:

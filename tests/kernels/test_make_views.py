@@ -93,6 +93,29 @@ def test_views_are_those_of_numpy_to_the_last_bit(
     )
 
 
+@pytest.mark.parametrize("padding", [0, 2])
+@pytest.mark.parametrize("size", [(5, 4), (9, 7), (1, 1)])
+def test_smaller_views_are_cut_where_they_lie(
+    kernel: Kernel, kernel_device: torch.device, size: tuple[int, int], padding: int
+) -> None:
+    tensors = case((3, 9, 7), padding)
+    room = 9 + 2 * padding - size[0], 7 + 2 * padding - size[1]
+    for axis, most in enumerate(room):  # every offset from none to all there is
+        tensors["offsets"][..., axis] = torch.linspace(0, most, 6).long().view(3, 2)
+    tensors["flips"][0] = torch.tensor([True, False])
+    at = {"padding": padding, "size": size}
+    views = kernel(**{k: v.to(kernel_device) for k, v in tensors.items()}, **at).cpu()
+
+    edges = ((0, 0), (0, 0), (padding, padding), (padding, padding))
+    padded = torch.from_numpy(np.pad(tensors["images"], edges, mode="symmetric"))
+    for m, k in itertools.product(range(3), range(2)):
+        top, left = tensors["offsets"][m, k].tolist()
+        crop = padded[m, :, top : top + size[0], left : left + size[1]]
+        crop = crop.flip(2) if tensors["flips"][m, k] else crop
+        expected = [tensors["levels"][c][crop[c].long()] for c in range(3)]
+        assert torch.equal(views[m, k], torch.stack(expected))
+
+
 def test_every_corner_and_flip_is_cut(
     kernel: Kernel, kernel_device: torch.device
 ) -> None:
