@@ -28,9 +28,9 @@ from dpsgd.data import (
     ViewLoader,
     draw_coins,
     extended,
+    held_in_memory,
     mislabelled,
     normalize,
-    place,
 )
 from dpsgd.errors import ConfigError, fault
 from dpsgd.optim import learning_rate_at
@@ -80,7 +80,8 @@ def audit(
     _check(run.config, num_gradient_canaries, num_image_canaries)
     rng = run.streams.generator("canaries")
     device = next(iter(state.params.values())).device
-    images = mislabelled(rng, splits.test, num_image_canaries, num_classes)
+    test = held_in_memory(splits.test)
+    images = mislabelled(rng, test, num_image_canaries, num_classes)
     gradients = GradientCanaries.draw(
         rng,
         state.params,
@@ -90,11 +91,11 @@ def audit(
     )
     image_coins = draw_coins(rng, num_image_canaries)
     gradient_coins = draw_coins(rng, num_gradient_canaries)
-    known = extended(splits.train, images, image_coins)
+    known = extended(held_in_memory(splits.train), images, image_coins)
     records = gradients.records(known.image_shape)
     loss_of_images = _loss_of(images.to(device), run)
     rows = extended(known, records, gradient_coins)
-    run = _planted(run, place(rows, device), gradients)
+    run = _planted(run, rows.placed(device), gradients)
     # Without canaries nothing is read off, and no example need be known.
     num_known = len(known) if num_gradient_canaries else 0
     released = _ReleasedGradients(run, state, gradients, num_known=num_known)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from dpsgd.data import ImageDataset
+from dpsgd.data import Dataset
 from dpsgd.trees import Params
 
 __all__ = ["Evaluation", "evaluate"]
@@ -58,7 +58,7 @@ class Evaluation:
 def evaluate(
     model: nn.Module,
     params: Params,
-    dataset: ImageDataset,
+    dataset: Dataset,
     *,
     normalize: Callable[[Tensor], Tensor],
     class_names: tuple[str, ...],
@@ -72,26 +72,29 @@ def evaluate(
     Args:
         model: Network, whose parameters are replaced by `params`.
         params: Weights to measure, on the device to measure on.
-        dataset: Test set, on any device.
+        dataset: Test set.
         normalize: Maps uint8 images (M, C, H, W) to the network's input.
         class_names: Name of each output.
         batch_size: Images a pass; memory only.
     """
     device = next(iter(params.values())).device
-    num_classes = len(class_names)
+    num_classes, total = len(class_names), len(dataset)
     hit: list[Tensor] = []
     top5, loss = 0, 0.0
     with torch.no_grad():
-        for start in range(0, len(dataset), batch_size):
-            images = dataset.images[start : start + batch_size].to(device)
-            labels = dataset.labels[start : start + batch_size].to(device)
-            logits = functional_call(model, params, (normalize(images),)).float()
+        rows = torch.arange(total)
+        sizes = [
+            min(batch_size, total - start) for start in range(0, total, batch_size)
+        ]
+        for images, labels in dataset.batches(rows, sizes, device=device):
+            inputs = normalize(images[:, 0])  # (M, C, H, W)
+            logits = functional_call(model, params, (inputs,)).float()
             loss += F.cross_entropy(logits, labels, reduction="sum").item()
             guesses = logits.topk(min(5, num_classes), dim=1).indices  # (M, 5)
             hits = guesses == labels[:, None]
             top5 += int(hits.any(dim=1).sum())
             hit.append(hits[:, 0].cpu())
-    is_right, total = torch.cat(hit), len(dataset)
+    is_right = torch.cat(hit)
     per_class = _shares(is_right, dataset.labels.cpu(), class_names)
     per_group: tuple[dict[str, float], dict[str, int]] = ({}, {})
     if dataset.groups is not None:

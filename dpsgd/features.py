@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from dpsgd.checkpoint import read_tensors, write_tensors
 from dpsgd.config import Config, config_to_dict
-from dpsgd.data import ImageDataset, ViewLoader, has_room, microbatches, upload
+from dpsgd.data import Dataset, ViewLoader, has_room, microbatches, upload
 from dpsgd.errors import CheckpointError, fault
 from dpsgd.models import CLASSIFIER, frozen_tensors
 from dpsgd.rng import RandomStreams
@@ -30,7 +30,14 @@ __all__ = ["FeatureCache", "FeatureLoader"]
 _FIELD = "runtime.feature_cache"
 _FORMAT = 1
 _VIEWS_PER_PASS = 512
-_OF_VIEWS = ("augmentation", "augmentation_multiplicity", "crop_padding", "mean", "std")
+_OF_VIEWS = (
+    "augmentation",
+    "augmentation_multiplicity",
+    "crop_padding",
+    "image_size",
+    "mean",
+    "std",
+)
 _NOT_OF_FEATURES = ("init_from", "init_weights", "num_classes")
 
 
@@ -61,7 +68,7 @@ class FeatureCache:
                 remedy = "delete it, and it is made anew, or name another"
                 raise CheckpointError(fault(_FIELD, path, rule, remedy)) from error
 
-    def load(self, model: nn.Module, dataset: ImageDataset, config: Config) -> Tensor:
+    def load(self, model: nn.Module, dataset: Dataset, config: Config) -> Tensor:
         """Returns the (N, K, F) features of all views of all examples, on the CPU.
 
         They are computed and written if the file was not there.
@@ -136,7 +143,7 @@ class FeatureLoader:
             yield features, labels, upload(torch.from_numpy(part.mask), self._device)
 
 
-def _computed(model: nn.Module, dataset: ImageDataset, config: Config) -> Tensor:
+def _computed(model: nn.Module, dataset: Dataset, config: Config) -> Tensor:
     """Returns the features of the very views that a run without the cache makes."""
     trunk = copy.deepcopy(model)
     setattr(trunk, CLASSIFIER, nn.Identity())
@@ -158,7 +165,7 @@ def _computed(model: nn.Module, dataset: ImageDataset, config: Config) -> Tensor
     return torch.cat(parts)
 
 
-def _facts(model: nn.Module, dataset: ImageDataset, config: Config) -> dict[str, Any]:
+def _facts(model: nn.Module, dataset: Dataset, config: Config) -> dict[str, Any]:
     """Returns what the features depend on, under the words of a message."""
     settings = config_to_dict(config)
     network = settings["model"]

@@ -99,7 +99,11 @@ def check_mechanism(config: Config, plan: Plan) -> None:
 
 
 def arithmetic_of(
-    plan: Plan, config: Config, *, features: str | None = None
+    plan: Plan,
+    config: Config,
+    *,
+    features: str | None = None,
+    decoder: str | None = None,
 ) -> dict[str, Any]:
     """Returns what rounding depends on: equal values repeat a CPU run bit for bit.
 
@@ -109,6 +113,7 @@ def arithmetic_of(
         plan: The plan.
         config: Settings.
         features: Identity of the cached features that stand for views, if any do.
+        decoder: What turns encoded images into pixels, if they are not held.
     """
     return {
         "noise": config.privacy.noise,
@@ -120,6 +125,7 @@ def arithmetic_of(
         "engine": config.runtime.engine,
         "execution": config.runtime.execution,
         "features": features,
+        "decoder": decoder,
     }
 
 

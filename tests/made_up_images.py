@@ -38,6 +38,7 @@ def make_store(
     folder: Path, count: int, *, size: tuple[int, int] = (12, 9), seed: int = 0
 ) -> Store:
     """Packs as many random images; the folder of images lies beside the store."""
-    images = write_images(folder.with_name(f"{folder.name}-images"), count, size=size)
+    images = folder.with_name(f"{folder.name}-images")
+    write_images(images, count, size=size, seed=seed)
     prepare(open_source(str(images)), folder, resizing=Resizing())
     return Store(folder)

@@ -15,7 +15,7 @@ from dpsgd.audit import audit
 from dpsgd.checkpoint import CheckpointStore, write_atomically
 from dpsgd.cli.errors import UsageParser, exit_code
 from dpsgd.config import Config, config_to_dict, load_config, with_absolute_paths
-from dpsgd.data import load_datasets
+from dpsgd.data import held_in_memory, load_datasets
 from dpsgd.privacy import AuditResult, check_confidence
 from dpsgd.report import (
     ProgressView,
@@ -132,8 +132,9 @@ def _audit(
     # Canaries use parameters beside the layers, which the ghost engine cannot follow.
     runtime = dataclasses.replace(config.runtime, engine="vmap")
     config = dataclasses.replace(config, runtime=runtime)
-    run, state, plan = assemble(config, store=store)
     splits = load_datasets(config.data)
+    held_in_memory(splits.train)  # canaries are planted among its images
+    run, state, plan = assemble(config, store=store)
     directory.create(config_to_dict(with_absolute_paths(config)))
     console.print(plan_table(plan.rows(config), title="Privacy plan, to be audited"))
     num_images = arguments.image_canaries

@@ -9,6 +9,12 @@ from dpsgd.errors import fault
 
 __all__ = ["faults_between_settings", "missing_delta"]
 
+# A store's images have many sizes and are decoded when they are drawn.
+_OF_STORES = ("data.image_size", "data.eval_image_size", "runtime.decode_workers")
+_NOT_OF_STORES = ("data.crop_padding", "data.image_column", "data.label_column")
+_SCALED = ("scaled_crop_flip", "resized_crop_flip")
+_PADDED = ("crop", "crop_flip")
+
 
 def faults_between_settings(config: Config) -> list[str]:
     """Returns the faults that only show between settings, one line each."""
@@ -26,7 +32,8 @@ def faults_between_settings(config: Config) -> list[str]:
         rule = f"must be below train.num_steps ({config.train.num_steps})"
         value = config.optimizer.warmup_steps
         faults.append(fault("optimizer.warmup_steps", value, rule, "shorten it"))
-    return faults + _faults_without_weights(config) + _cache_faults(config)
+    faults += _store_faults(config) + _faults_without_weights(config)
+    return faults + _cache_faults(config)
 
 
 def missing_delta(privacy: Any) -> list[str]:
@@ -109,6 +116,42 @@ def _unit_faults(config: Config) -> list[str]:
         for name, value, remedy in settings
         if value is None
     ]
+
+
+def _store_faults(config: Config) -> list[str]:
+    """Returns what a store needs, and what means nothing for the source."""
+    data = config.data
+    is_store = data.source == "store"
+    rule = f"means nothing with data.source={data.source}"
+    faults = [
+        fault(name, value, rule, "remove it")
+        for name in (_NOT_OF_STORES if is_store else _OF_STORES)
+        if (value := _changed(config, name)) is not None
+    ]
+    wrong = _PADDED if is_store else _SCALED
+    if data.augmentation in wrong:
+        others = " or ".join(_SCALED if is_store else _PADDED)
+        remedy = f"take {others}"
+        faults.append(fault("data.augmentation", data.augmentation, rule, remedy))
+    if is_store and data.image_size is None:
+        rule = "is required with data.source=store, whose images have many sizes"
+        faults.append(fault("data.image_size", None, rule, "give a side in pixels"))
+    size = data.eval_image_size
+    if config.model.name == "convnet" and size not in (None, data.image_size):
+        rule = "model.name=convnet takes images of one size"
+        faults.append(fault("data.eval_image_size", size, rule, "remove it"))
+    return faults
+
+
+def _changed(config: Config, name: str) -> Any:
+    """Returns the value of a setting by its full name, None if it is the default."""
+    section, _, key = name.partition(".")
+    values = getattr(config, section)
+    (default,) = (
+        field.default for field in dataclasses.fields(values) if field.name == key
+    )
+    value = getattr(values, key)
+    return None if value == default else value
 
 
 def _secure_noise_faults(config: Config) -> list[str]:

@@ -34,7 +34,9 @@ __all__ = [
     "TrainConfig",
 ]
 
-AugmentationName = Literal["none", "flip", "crop", "crop_flip"]
+AugmentationName = Literal[
+    "none", "flip", "crop", "crop_flip", "scaled_crop_flip", "resized_crop_flip"
+]
 NoiseName = Literal["standard", "secure"]
 PrivacyUnit = Literal["example", "user"]
 
@@ -43,18 +45,21 @@ PrivacyUnit = Literal["example", "user"]
 class DataConfig:
     """Which examples are trained on, and how views of them are made."""
 
-    source: Literal["digits", "torchvision", "parquet", "image_folder"]
-    """Where images come from; `digits` ships with scikit-learn and needs no files."""
+    source: Literal["digits", "torchvision", "parquet", "image_folder", "store"]
+    """Where images come from; `digits` ships with scikit-learn and needs no files. All
+    but `store` hold their images in memory; bin/dpsgd-prepare makes a store."""
 
     name: str | None = None
     """Data set: cifar10, cifar100, mnist, fashion_mnist or svhn for torchvision. With
-    another source it only says whose published size `num_examples` falls back to."""
+    another source it only says whose published size `num_examples` falls back to: one
+    of these, imagenet or places365."""
 
     root: str = "data"
     """Folder that torchvision downloads to."""
 
     train: str | tuple[str, ...] | None = None
-    """Training files: path, list of paths, glob, or folder of shards or of classes."""
+    """Training files: path, list of paths, glob, or folder of shards or of classes; or
+    one store."""
 
     test: str | tuple[str, ...] | None = None
     """Test files, in the same forms; the test set is treated as public."""
@@ -88,8 +93,18 @@ class DataConfig:
     std: tuple[Positive, ...] = (0.5,)
     """Public constant a channel, > 0, that pixels are divided by after `mean`."""
 
+    image_size: PositiveInt | None = None
+    """Side in pixels of the square views of a store's images; required there. Without
+    augmentation a view is the largest central square, scaled to it."""
+
+    eval_image_size: PositiveInt | None = None
+    """The same for the images of a test store; null takes `image_size`."""
+
     augmentation: AugmentationName = "none"
-    """How a view differs from its image: padded and randomly cropped, flipped, both."""
+    """How a view differs from its image: padded and randomly cropped, flipped, both. Of
+    a store: flipped; `scaled_crop_flip`, the paper's, the central square scaled to 1.2
+    times `image_size`, cropped and flipped; or `resized_crop_flip`, 8 to 100 % of the
+    image's area at an aspect of 3/4 to 4/3, scaled and flipped."""
 
     crop_padding: NonNegativeInt = 4
     """Pixels mirrored around the image before a random crop of its own size."""
@@ -304,6 +319,10 @@ class RuntimeConfig:
     execution: Literal["auto", "eager", "compile", "cuda_graph"] = "auto"
     """How the gradient pass runs: operator by operator, compiled with torch.compile, or
     recorded once and replayed. `auto` replays on CUDA and is eager elsewhere."""
+
+    decode_workers: NonNegativeInt | Literal["auto"] = "auto"
+    """Processes that decode the images of a store; 0 decodes in the training process.
+    `auto` is one a CPU core on Linux, and 0 elsewhere."""
 
     feature_cache: str | None = None
     """File that keeps the features of frozen layers, made if it is not there, for

@@ -11,19 +11,34 @@ from dpsgd.data.canaries import (
     extended,
     mislabelled,
 )
-from dpsgd.data.dataset import DataSplits, ImageDataset, has_room, place, upload
+from dpsgd.data.dataset import (
+    Dataset,
+    DataSplits,
+    ImageDataset,
+    has_room,
+    held_in_memory,
+    upload,
+)
 from dpsgd.data.facts import PublicFacts, declared_num_examples, published_facts
 from dpsgd.data.overlap import FRAMINGS, Framing, Matches, find_matches
 from dpsgd.data.overlap_report import Overlap
 from dpsgd.data.sampling import Microbatch, PoissonSampler, microbatches
 from dpsgd.data.sources import SOURCES, load_datasets, load_images
-from dpsgd.data.store import Resizing, Store, open_source, prepare
+from dpsgd.data.store import (
+    Resizing,
+    Store,
+    StoreDataset,
+    num_decode_workers,
+    open_source,
+    prepare,
+)
 from dpsgd.data.users import UserExamples
 
 __all__ = [
     "FRAMINGS",
     "SOURCES",
     "DataSplits",
+    "Dataset",
     "Framing",
     "GradientCanaries",
     "ImageDataset",
@@ -35,6 +50,7 @@ __all__ = [
     "PublicFacts",
     "Resizing",
     "Store",
+    "StoreDataset",
     "UserExamples",
     "UserViewLoader",
     "ViewLoader",
@@ -45,14 +61,15 @@ __all__ = [
     "extended",
     "find_matches",
     "has_room",
+    "held_in_memory",
     "load_datasets",
     "load_images",
     "make_views",
     "microbatches",
     "mislabelled",
     "normalize",
+    "num_decode_workers",
     "open_source",
-    "place",
     "prepare",
     "published_facts",
     "upload",

@@ -4,18 +4,22 @@ The randomness of a step is drawn once for its whole draw of examples, so that v
 depend neither on the microbatch size nor on the device.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dpsgd import kernels
+from dpsgd.config import AugmentationName
 from dpsgd.data.dataset import upload
 from dpsgd.errors import ConfigError, fault
 
 __all__ = [
     "ViewParameters",
+    "canvas_side",
     "cut_views",
     "draw_views",
     "make_views",
@@ -24,7 +28,13 @@ __all__ = [
 ]
 
 _CROPPED = {"crop", "crop_flip"}
-_FLIPPED = {"flip", "crop_flip"}
+_SCALED = {"scaled_crop_flip"}
+_RESIZED = {"resized_crop_flip"}
+_FLIPPED = {"flip", "crop_flip"} | _SCALED | _RESIZED
+# An image is scaled to so many times the side of the views that are cut from it.
+_SCALE = 1.2
+# Ten attempts of two numbers at a random part of an image, and two for its corner.
+_NUMBERS_OF_A_CROP = 22
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -33,14 +43,19 @@ class ViewParameters:
 
     Args:
         offsets: (R, K, 2) int64, row and column of the crop's corner in the padded
-            image, each in [0, 2 * padding].
+            image, each in [0, 2 * padding], or in [0, side of the image - side].
         flips: (R, K) bool, True where left and right are swapped.
         padding: Pixels mirrored around the image; 0 without cropping.
+        side: Of the square views; None gives them the size of the image.
+        crops: (R, K, 22) float64 in [0, 1), on the CPU, that say which part of an image
+            a view shows, for who decodes it; None shows all of what was decoded.
     """
 
     offsets: Tensor
     flips: Tensor
     padding: int
+    side: int | None = None
+    crops: Tensor | None = None
 
     def microbatch(self, start: int, size: int) -> "ViewParameters":
         """Returns the parameters of `size` examples from `start`, zeros past the end.
@@ -49,27 +64,49 @@ class ViewParameters:
             start: Position in the draw, >= 0.
             size: Examples M, >= 0.
         """
-        offsets = self.offsets[start : start + size]
-        flips = self.flips[start : start + size]
-        missing = size - len(flips)
-        if missing > 0:
-            zeros = offsets.new_zeros(missing, *offsets.shape[1:])
-            offsets = torch.cat([offsets, zeros])
-            flips = torch.cat([flips, flips.new_zeros(missing, *flips.shape[1:])])
-        return ViewParameters(offsets=offsets, flips=flips, padding=self.padding)
+
+        def part(tensor: Tensor) -> Tensor:
+            there = tensor[start : start + size]
+            missing = size - len(there)
+            if missing == 0:
+                return there
+            return torch.cat([there, there.new_zeros(missing, *there.shape[1:])])
+
+        return self._each(part, with_crops=True)
 
     def of(self, rows: Tensor) -> "ViewParameters":
         """Returns the parameters of some examples, by their rows here (R,)."""
-        return ViewParameters(
-            offsets=self.offsets[rows], flips=self.flips[rows], padding=self.padding
-        )
+        return self._each(lambda tensor: tensor[rows], with_crops=True)
 
     def to(self, device: torch.device | str) -> "ViewParameters":
-        """Returns the parameters on `device`."""
-        return ViewParameters(
-            offsets=upload(self.offsets, device),
-            flips=upload(self.flips, device),
-            padding=self.padding,
+        """Returns the parameters on `device`, but for the crops, which stay behind."""
+        return self._each(lambda tensor: upload(tensor, device))
+
+    def shared_by(self, num_canvases: int) -> "ViewParameters":
+        """Returns the parameters of views that are cut from several images each.
+
+        Args:
+            num_canvases: Images J of every example, a divisor of K: views are dealt to
+                them in order, and the result is of R J examples of K / J views.
+        """
+
+        def dealt(tensor: Tensor) -> Tensor:
+            num_examples, num_views = tensor.shape[:2]
+            shape = (num_examples * num_canvases, num_views // num_canvases)
+            return tensor.reshape(*shape, *tensor.shape[2:])
+
+        return self._each(dealt)
+
+    def _each(
+        self, change: Callable[[Tensor], Tensor], *, with_crops: bool = False
+    ) -> "ViewParameters":
+        """Returns the parameters with every tensor changed."""
+        crops = self.crops
+        return replace(
+            self,
+            offsets=change(self.offsets),
+            flips=change(self.flips),
+            crops=change(crops) if with_crops and crops is not None else crops,
         )
 
 
@@ -80,19 +117,21 @@ def draw_views(
     augmentation: str,
     crop_padding: int,
     augmentation_multiplicity: int,
+    image_size: int | None = None,
 ) -> ViewParameters:
     """Draws the views of a step's examples, all at once.
 
     Each view is uniform over the crops and flips that the augmentation allows, and
-    independent of the others. One integer is drawn a view, example after example, so
-    that appending an example leaves the views of those before it as they were.
+    independent of the others. Equally many numbers are drawn a view, example after
+    example, so that appending one leaves the views of those before it as they were.
 
     Args:
         rng: The stream `augmentation` of this step.
         num_examples: R >= 0, the size of the draw.
-        augmentation: `none`, `flip`, `crop` or `crop_flip`.
+        augmentation: A value of `data.augmentation`.
         crop_padding: Pixels mirrored around the image, >= 0; unused without a crop.
         augmentation_multiplicity: Views K of each example, >= 1.
+        image_size: Side of the views where images are decoded to another size.
 
     Returns:
         Parameters on the CPU; offsets and flips are 0 where the augmentation does
@@ -104,17 +143,50 @@ def draw_views(
     Source: De et al. 2022 (arXiv:2204.13650), "augmentation multiplicity".
     """
     _check_name(augmentation)
+    shape = (num_examples, augmentation_multiplicity)
+    if augmentation in _RESIZED:
+        return _draw_parts(rng, shape)
     padding = crop_padding if augmentation in _CROPPED else 0
+    side = image_size if augmentation in _SCALED else None
     num_offsets = 2 * padding + 1
+    if side is not None:
+        num_offsets = canvas_side(augmentation, side) - side + 1
     num_flips = 2 if augmentation in _FLIPPED else 1
     num_views = num_offsets * num_offsets * num_flips
-    shape = (num_examples, augmentation_multiplicity)
     codes = torch.from_numpy(rng.integers(num_views, size=shape))
     columns = codes % num_offsets
     rows = codes // num_offsets % num_offsets
     flips = codes // (num_offsets * num_offsets)
     offsets = torch.stack([rows, columns], dim=-1)  # (R, K, 2)
-    return ViewParameters(offsets=offsets, flips=flips.bool(), padding=padding)
+    return ViewParameters(
+        offsets=offsets, flips=flips.bool(), padding=padding, side=side
+    )
+
+
+def _draw_parts(rng: np.random.Generator, shape: tuple[int, int]) -> ViewParameters:
+    """Draws views that each show a part of the image of their own."""
+    numbers = torch.from_numpy(rng.random((*shape, 1 + _NUMBERS_OF_A_CROP)))
+    return ViewParameters(
+        offsets=torch.zeros((*shape, 2), dtype=torch.int64),
+        flips=numbers[..., 0] < 0.5,
+        padding=0,
+        crops=numbers[..., 1:],
+    )
+
+
+def canvas_side(augmentation: str, image_size: int) -> int:
+    """Returns the side that an image is scaled to, for views to be cut from it.
+
+    Args:
+        augmentation: A value of `data.augmentation`.
+        image_size: Side of the views.
+
+    Source: De et al. 2022 (arXiv:2204.13650), reference code: 268 for views of 224.
+
+    >>> canvas_side("scaled_crop_flip", 224)
+    268
+    """
+    return int(_SCALE * image_size) if augmentation in _SCALED else image_size
 
 
 def make_views(
@@ -161,18 +233,21 @@ def cut_views(images: Tensor, levels: Tensor, parameters: ViewParameters) -> Ten
         parameters: Views of these M examples, on the same device.
 
     Returns:
-        (M, K, C, H, W) of the type of `levels`.
+        (M, K, C, h, w) of the type of `levels`, as large as the images unless the
+        parameters have a side.
 
     Raises:
         ConfigError: The padding exceeds the image's side.
     """
     _check_padding(parameters.padding, min(images.shape[2:]))
+    side = parameters.side
     return kernels.make_views(
         images,
         levels,
         offsets=parameters.offsets,
         flips=parameters.flips,
         padding=parameters.padding,
+        size=None if side is None else (side, side),
     )
 
 
@@ -236,11 +311,12 @@ def normalize(
 
 def _check_name(augmentation: str) -> None:
     """Refuses an augmentation that is not known."""
-    if augmentation not in _CROPPED | _FLIPPED | {"none"}:
+    known = get_args(AugmentationName)
+    if augmentation not in known:
         message = fault(
             "data.augmentation",
             augmentation,
-            "must be none, flip, crop or crop_flip",
+            f"must be one of {', '.join(known)}",
             "choose one of these",
         )
         raise ConfigError(message)

@@ -16,7 +16,7 @@ from dpsgd.data.augmentation import (
     draw_views,
     pixel_levels,
 )
-from dpsgd.data.dataset import ImageDataset, upload
+from dpsgd.data.dataset import Dataset, upload
 from dpsgd.data.sampling import microbatches
 from dpsgd.data.users import UserExamples
 from dpsgd.rng import RandomStreams
@@ -48,11 +48,13 @@ class LoadViews(Protocol):
 class ViewLoader:
     """Makes the K views of every drawn example, one microbatch at a time.
 
-    All that a step draws goes to the device at once, before the first microbatch, and
+    Views are made for positions of the draw: those of a position are the same however
+    the draw is split, and wherever its images come from. What is random in a step goes
+    to the device before the first microbatch, with images that are held in memory, and
     nothing here waits for the device: it never runs out of work within a step.
 
     Args:
-        dataset: Training examples, on any device.
+        dataset: Training examples.
         config: Augmentation, its multiplicity, and normalisation constants. With
             `fixed_views` an example has the same views in every step.
         streams: Streams of the run, of which `augmentation` is used, and
@@ -66,7 +68,7 @@ class ViewLoader:
 
     def __init__(
         self,
-        dataset: ImageDataset,
+        dataset: Dataset,
         *,
         config: DataConfig,
         streams: RandomStreams,
@@ -79,7 +81,7 @@ class ViewLoader:
         self._dataset = dataset
         self._config = config
         levels = pixel_levels(
-            dataset.images.shape[1], mean=config.mean, std=config.std, dtype=dtype
+            dataset.image_shape[0], mean=config.mean, std=config.std, dtype=dtype
         )
         self._levels = upload(levels, device)
         self._streams = streams
@@ -89,7 +91,7 @@ class ViewLoader:
         self._device = device
         self._fixed: ViewParameters | None = None
 
-    def holding(self, dataset: ImageDataset) -> Self:
+    def holding(self, dataset: Dataset) -> Self:
         """Returns a loader of other examples, the same in all else."""
         other = copy.copy(self)
         other._dataset = dataset
@@ -112,24 +114,34 @@ class ViewLoader:
         """
         if len(draw) == 0:
             return
-        parameters = self._parameters(draw, step).to(self._device)
         parts = list(
             microbatches(draw, self._microbatch_size, padded_to=self._padded_to)
         )
         rows = torch.from_numpy(np.concatenate([part.rows for part in parts]))
         mask = torch.from_numpy(np.concatenate([part.mask for part in parts]))
-        rows = upload(rows, self._dataset.images.device)
-        labels = upload(self._dataset.labels[rows], self._device)
         mask = upload(mask, self._device)
-        uniforms = self._uniforms(len(draw), step, padded_length=len(mask))
-        for part in parts:
+        parameters = self._parameters(draw, step).microbatch(0, len(rows))
+        batches = self._dataset.batches(
+            rows,
+            [len(part.rows) for part in parts],
+            crops=parameters.crops,
+            device=self._device,
+        )
+        parameters = parameters.to(self._device)
+        uniforms = self._uniforms(len(draw), step, padded_length=len(rows))
+        for part, (canvases, labels) in zip(parts, batches, strict=True):
             size = len(part.rows)
             place = slice(part.start, part.start + size)
-            images = upload(self._dataset.images[rows[place]], self._device)
-            views = cut_views(
-                images, self._levels, parameters.microbatch(part.start, size)
-            )
-            yield views, labels[place], *(one[place] for one in uniforms), mask[place]
+            views = self._cut(canvases, parameters.microbatch(part.start, size))
+            yield views, labels, *(one[place] for one in uniforms), mask[place]
+
+    def _cut(self, canvases: Tensor, parameters: ViewParameters) -> Tensor:
+        """Returns views (M, K, C, h, w) of canvases (M, J, C, H, W)."""
+        size, num_canvases = canvases.shape[:2]
+        images = canvases.flatten(0, 1)  # (M J, C, H, W)
+        shared = parameters.shared_by(num_canvases)
+        views = cut_views(images, self._levels, shared)  # (M J, K / J, C, h, w)
+        return views.reshape(size, -1, *views.shape[2:])  # (M, K, C, h, w)
 
     def _parameters(self, draw: NDArray[np.int64], step: int) -> ViewParameters:
         """Returns the views of all examples of a step."""
@@ -167,6 +179,7 @@ class ViewLoader:
             augmentation=self._config.augmentation,
             crop_padding=self._config.crop_padding,
             augmentation_multiplicity=self._config.augmentation_multiplicity,
+            image_size=self._config.image_size,
         )
 
 
@@ -188,7 +201,7 @@ class UserViewLoader:
 
     def __init__(
         self,
-        dataset: ImageDataset,
+        dataset: Dataset,
         *,
         config: DataConfig,
         streams: RandomStreams,

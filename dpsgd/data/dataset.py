@@ -1,24 +1,119 @@
-"""A data set: all its images as one uint8 tensor, checked once when it is made."""
+"""Data sets: what all of them offer, and one that holds its images as a tensor."""
 
 import dataclasses
 import hashlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dpsgd.errors import DataError, fault
+from dpsgd.errors import ConfigError, DataError, fault
 
-__all__ = ["DataSplits", "ImageDataset", "has_room", "place", "upload"]
+__all__ = [
+    "DataSplits",
+    "Dataset",
+    "ImageDataset",
+    "has_room",
+    "held_in_memory",
+    "upload",
+]
 
 # Activations and per-sample gradients need the rest of the memory.
 _SHARE_OF_FREE_MEMORY = 1 / 3
 
 
+class Dataset(Protocol):
+    """Labelled images that any rows may be asked for, wherever the pixels are."""
+
+    @property
+    def labels(self) -> Tensor:
+        """(N,) int64."""
+        ...
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Name of each class in label order; () if none are declared."""
+        ...
+
+    @property
+    def users(self) -> Tensor | None:
+        """(N,) int64, the user of each example; None if the source knows none."""
+        ...
+
+    @property
+    def groups(self) -> Tensor | None:
+        """(N,) int64, the group of each example; None if there are none."""
+        ...
+
+    @property
+    def group_names(self) -> tuple[str, ...]:
+        """Name of each group."""
+        ...
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Shape (C, H, W) of what the network is given."""
+        ...
+
+    @property
+    def num_users(self) -> int:
+        """Users held, as sensitive as the number of examples."""
+        ...
+
+    @property
+    def decoder(self) -> str | None:
+        """What turns bytes into pixels, with version; None if pixels are held."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def fingerprint(self) -> str:
+        """Returns what tells these examples from others; private like them."""
+        ...
+
+    def placed(self, device: torch.device | str, *, num_workers: int = 0) -> "Dataset":
+        """Returns the data set where its rows are got at fastest.
+
+        Args:
+            device: Where they are used.
+            num_workers: Processes that decode, if images are not held as pixels.
+        """
+        ...
+
+    def batches(
+        self,
+        rows: Tensor,
+        sizes: Sequence[int],
+        *,
+        crops: Tensor | None = None,
+        device: torch.device,
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields the canvases of rows, from which views are cut, and their labels.
+
+        An example has one canvas for all its K views, or where each view shows a part
+        of its own, K.
+
+        Args:
+            rows: (R,) int64 on the CPU; a row may occur more than once.
+            sizes: Rows of every batch, R in all.
+            crops: (R, K, 22) of `ViewParameters`, which say what canvases show.
+            device: Where both are wanted.
+
+        Yields:
+            Canvases (M, J, C, H, W) uint8 and labels (M,), batch after batch.
+
+        Raises:
+            DataError: An image cannot be read, named. None is ever left out.
+        """
+        ...
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ImageDataset:
-    """Labelled images of one size.
+    """Labelled images of one size, all in memory.
 
     Args:
         images: (N, C, H, W) uint8 pixels, 0 to 255.
@@ -83,6 +178,46 @@ class ImageDataset:
             raise DataError(fault("data.user_column", None, rule, "name the column"))
         return int(self.users.max()) + 1
 
+    @property
+    def decoder(self) -> str | None:
+        """None: pixels are held."""
+        return None
+
+    def placed(
+        self, device: torch.device | str, *, num_workers: int = 0
+    ) -> "ImageDataset":
+        """Returns the data set on `device` if there is ample room, else where it is.
+
+        Microbatches are gathered where the images lie, so a data set on the device
+        costs no transfer a step; one that stays behind costs a copy of each microbatch.
+
+        Args:
+            device: CPU, or a CUDA device; it is used if the data set takes at most a
+                third of the memory that is free on it.
+            num_workers: Nothing is left to decode.
+        """
+        del num_workers
+        needed = self.images.nbytes + self.labels.nbytes
+        return self.to(device) if has_room(device, needed) else self
+
+    def batches(
+        self,
+        rows: Tensor,
+        sizes: Sequence[int],
+        *,
+        crops: Tensor | None = None,
+        device: torch.device,
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields images (M, 1, C, H, W) and labels (M,), gathered where they lie."""
+        assert crops is None  # the loader of settings sees to it
+        rows = upload(rows, self.images.device)
+        labels = upload(self.labels[rows], device)
+        start = 0
+        for size in sizes:
+            place = slice(start, start + size)
+            yield upload(self.images[rows[place]], device)[:, None], labels[place]
+            start += size
+
     def to(self, device: torch.device | str) -> "ImageDataset":
         """Returns the data set with both tensors on `device`."""
         return dataclasses.replace(
@@ -137,15 +272,23 @@ class ImageDataset:
 class DataSplits:
     """The examples trained on, and the public ones that accuracy is measured on.
 
+    Args:
+        train: The private set.
+        test: The public set.
+        sizes_are_set: Whether settings decide how large the images of both are, which
+            may then differ.
+
     Raises:
         DataError: The two differ in image shape or in classes.
     """
 
-    train: ImageDataset
-    test: ImageDataset
+    train: Dataset
+    test: Dataset
+    sizes_are_set: bool = False
 
     def __post_init__(self) -> None:
-        if self.train.image_shape != self.test.image_shape:
+        same = self.train.image_shape == self.test.image_shape
+        if not same and not self.sizes_are_set:
             message = fault(
                 "data.test",
                 f"<images of shape {self.test.image_shape}>",
@@ -157,19 +300,17 @@ class DataSplits:
             raise DataError(_class_difference(self.train, self.test))
 
 
-def place(dataset: ImageDataset, device: torch.device | str) -> ImageDataset:
-    """Returns the data set on `device` if there is ample room, else where it is.
+def held_in_memory(dataset: Dataset) -> ImageDataset:
+    """Returns a data set whose images are held as pixels.
 
-    Microbatches are gathered where the images lie, so a data set on the device costs
-    no transfer a step; one that stays behind costs a copy of each microbatch.
-
-    Args:
-        dataset: Any data set.
-        device: CPU, or a CUDA device; it is used if the data set takes at most a
-            third of the memory that is free on it.
+    Raises:
+        ConfigError: They are not.
     """
-    needed = dataset.images.nbytes + dataset.labels.nbytes
-    return dataset.to(device) if has_room(device, needed) else dataset
+    if isinstance(dataset, ImageDataset):
+        return dataset
+    rule = "the images must be held in memory for this"
+    remedy = "take another source, such as image_folder or parquet"
+    raise ConfigError(fault("data.source", "store", rule, remedy))
 
 
 def has_room(device: torch.device | str, num_bytes: int) -> bool:
@@ -206,7 +347,7 @@ def _check_tensor(name: str, tensor: Tensor, dtype: torch.dtype, shape: str) -> 
         raise DataError(message)
 
 
-def _class_difference(train: ImageDataset, test: ImageDataset) -> str:
+def _class_difference(train: Dataset, test: Dataset) -> str:
     """Words how the classes of the two sets differ."""
     missing = [name for name in train.class_names if name not in test.class_names]
     extra = [name for name in test.class_names if name not in train.class_names]

@@ -47,8 +47,11 @@ PUBLISHED: Mapping[str, PublicFacts] = {
     "fashion_mnist": _facts(60_000, (1, 28, 28), 10),
     "svhn": _facts(73_257, (3, 32, 32), 10),
     "digits": _facts(1_437, (1, 8, 8), 10),
+    "imagenet": _facts(1_281_167, (3, 224, 224), 1000),
+    "places365": _facts(1_803_460, (3, 224, 224), 365),
 }
-"""Training sets of public data sets, as their authors describe them."""
+"""Training sets of public data sets, as their authors describe them: ImageNet is that
+of 2012, Places365 the standard one. The images of these two have many sizes."""
 
 
 def published_facts(config: DataConfig) -> PublicFacts | None:
@@ -60,14 +63,15 @@ def published_facts(config: DataConfig) -> PublicFacts | None:
     Returns:
         Facts with the declared size, if one is; None if the files must be read.
     """
-    if config.source not in ("digits", "torchvision"):
+    if config.source not in ("digits", "torchvision", "store"):
         return None
     published = PUBLISHED.get(_published_name(config) or "")
     if published is None:
         return None
+    shape, side = published.image_shape, config.image_size
     return PublicFacts(
         num_examples=config.num_examples or published.num_examples,
-        image_shape=published.image_shape,
+        image_shape=shape if side is None else (shape[0], side, side),
         class_names=published.class_names,
     )
 

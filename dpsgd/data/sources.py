@@ -18,6 +18,7 @@ from dpsgd.config.schema import DataConfig
 from dpsgd.data.dataset import DataSplits, ImageDataset
 from dpsgd.data.image_folder import load_folder_images, load_image_folder
 from dpsgd.data.parquet import load_parquet, load_parquet_images
+from dpsgd.data.store.dataset import load_stores
 from dpsgd.errors import ConfigError, DataError, fault
 
 __all__ = [
@@ -178,5 +179,6 @@ SOURCES: Mapping[str, Callable[[DataConfig], DataSplits]] = {
     "torchvision": load_torchvision,
     "parquet": load_parquet,
     "image_folder": load_image_folder,
+    "store": load_stores,
 }
 """Loader of each `data.source`."""

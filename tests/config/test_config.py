@@ -467,3 +467,91 @@ def test_every_section_is_frozen_and_takes_names_only() -> None:
             parameters = section.__dataclass_params__  # type: ignore[attr-defined]
             assert parameters.frozen
             assert all(field.kw_only for field in dataclasses.fields(section))
+
+
+STORE = {
+    "data__source": "store",
+    "data__train": "stores/train",
+    "data__test": "stores/test",
+    "data__image_size": 224,
+}
+
+
+def test_a_store_takes_its_own_settings() -> None:
+    config = parse_config(
+        sections(
+            **STORE,
+            data__eval_image_size=256,
+            data__augmentation="scaled_crop_flip",
+            runtime__decode_workers="4",
+        )
+    )
+
+    assert config.runtime.decode_workers == 4
+    assert config.data.eval_image_size == 256
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (
+            {"data__image_size": None},
+            "data.image_size=null: is required with data.source=store, whose images "
+            "have many sizes; give a side in pixels",
+        ),
+        (
+            {"data__augmentation": "crop"},
+            "data.augmentation=crop: means nothing with data.source=store; take "
+            "scaled_crop_flip or resized_crop_flip",
+        ),
+        (
+            {"data__crop_padding": 2},
+            "data.crop_padding=2: means nothing with data.source=store; remove it",
+        ),
+        (
+            {"data__label_column": "y"},
+            "data.label_column=y: means nothing with data.source=store; remove it",
+        ),
+        (
+            {"data__eval_image_size": 256, "model__name": "convnet"},
+            "data.eval_image_size=256: model.name=convnet takes images of one size; "
+            "remove it",
+        ),
+        (
+            {"data__group_column": "skin"},
+            "data.group_column=skin: only parquet files have columns; remove it, or "
+            "take parquet",
+        ),
+        (
+            {**USERS, "data__source": "store"},
+            "privacy.unit=user: data.source=store does not know users; take "
+            "data.source=parquet",
+        ),
+    ],
+)
+def test_what_a_store_lacks_or_needs_is_told(
+    changes: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        parse_config(sections(**{**STORE, **changes}))
+
+    assert str(error.value).splitlines() == [told]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "remedy"),
+    [
+        ("data.image_size", 32, "remove it"),
+        ("data.eval_image_size", 32, "remove it"),
+        ("runtime.decode_workers", 2, "remove it"),
+        ("data.augmentation", "resized_crop_flip", "take crop or crop_flip"),
+    ],
+)
+def test_settings_of_stores_are_refused_elsewhere(
+    name: str, value: Any, remedy: str
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        parse_config(sections(**{name.replace(".", "__"): value}))
+
+    rule = f"{name}={value}: means nothing with data.source=digits; {remedy}"
+    assert str(error.value).splitlines() == [rule]

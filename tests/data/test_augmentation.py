@@ -238,5 +238,7 @@ def test_padding_beyond_the_side_of_the_image_is_refused() -> None:
 
 
 def test_unknown_augmentation_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"data\.augmentation=mixup: must be none"):
+    with pytest.raises(
+        ConfigError, match=r"data\.augmentation=mixup: must be one of none"
+    ):
         draw(2, "mixup")

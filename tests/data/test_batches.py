@@ -121,6 +121,7 @@ def test_what_a_step_draws_is_uploaded_once(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(dpsgd.data.batches, "upload", counted)
     monkeypatch.setattr("dpsgd.data.augmentation.upload", counted)
+    monkeypatch.setattr("dpsgd.data.dataset.upload", counted)
     load_views = loader(draws_per_view=2)
     counts = []
     for size in (4, 20):

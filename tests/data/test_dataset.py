@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 import torch
 
-from dpsgd.data.dataset import DataSplits, ImageDataset, place
+from dpsgd.data.dataset import DataSplits, ImageDataset
 from dpsgd.errors import DataError
 
 
@@ -105,7 +105,7 @@ def test_splits_with_different_classes_are_refused_and_the_difference_listed() -
 def test_place_on_the_cpu_keeps_the_content() -> None:
     dataset = make_dataset()
 
-    assert place(dataset, "cpu").fingerprint() == dataset.fingerprint()
+    assert dataset.placed("cpu").fingerprint() == dataset.fingerprint()
 
 
 @pytest.mark.parametrize(("share", "expected"), [(2.9, "cpu"), (3.1, "moved")])
@@ -119,13 +119,13 @@ def test_place_moves_a_data_set_that_takes_a_third_of_the_free_memory(
     moved = make_dataset()
     monkeypatch.setattr(ImageDataset, "to", lambda self, device: moved)
 
-    assert place(dataset, "cuda:0") is (moved if expected == "moved" else dataset)
+    assert dataset.placed("cuda:0") is (moved if expected == "moved" else dataset)
 
 
 @pytest.mark.gpu
 def test_place_moves_a_small_data_set_to_the_gpu() -> None:
     dataset = make_dataset()
-    placed = place(dataset, "cuda")
+    placed = dataset.placed("cuda")
 
     assert placed.images.is_cuda
     assert placed.labels.is_cuda

@@ -58,3 +58,19 @@ def test_declared_size_replaces_the_published_one_in_the_facts() -> None:
     assert facts is not None
     assert facts.num_examples == 45_000
     assert facts.image_shape == (3, 32, 32)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "num_classes"),
+    [("imagenet", 1_281_167, 1000), ("places365", 1_803_460, 365)],
+)
+def test_large_sets_are_planned_for_without_their_stores(
+    name: str, size: int, num_classes: int
+) -> None:
+    config = DataConfig(source="store", name=name, image_size=320)
+    facts = published_facts(config)
+
+    assert facts is not None
+    assert facts.num_examples == size == declared_num_examples(config, rows_held=9)
+    assert facts.image_shape == (3, 320, 320)
+    assert facts.num_classes == num_classes
