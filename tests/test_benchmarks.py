@@ -76,3 +76,24 @@ def test_every_run_of_the_comparison_is_a_valid_one(network: str) -> None:
             assert config.model.init_from == str(Path("runs") / first.name)
             assert config.finetune.train == job.kind
         assert (config.runtime.feature_cache is None) == (job.kind != "classifier")
+
+
+@pytest.mark.parametrize("augmentation", ["scaled_crop_flip", "resized_crop_flip"])
+def test_both_loaders_make_as_many_views_of_the_same_images(
+    tmp_path: Path, augmentation: str
+) -> None:
+    loading = benchmark_of("loading")
+    images = tmp_path / "images"
+    size = loading.write_folder(images, loading.photographs(None, 5))
+    for store in ("store", "test"):
+        loading.prepare(
+            loading.open_source(str(images)),
+            tmp_path / store,
+            resizing=loading.Resizing(),
+        )
+
+    assert 20_000 < size < 200_000  # like a photograph of these sides
+    assert loading.our_pass(tmp_path, augmentation, 2, 0)() == 5
+    theirs = loading.ViewsOfFolder(images, augmentation, 2)
+    assert len(theirs) == 5
+    assert theirs[0][0].shape == (2, 3, loading.VIEW, loading.VIEW)
