@@ -168,6 +168,26 @@ def test_views_do_not_depend_on_how_the_work_is_spread(
     assert not torch.equal(views_of(config, draw, step=8)[0], views)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("augmentation", ["scaled_crop_flip", "resized_crop_flip"])
+def test_views_on_a_gpu_are_those_of_the_cpu(folder: Path, augmentation: str) -> None:
+    config = settings(folder, augmentation=augmentation)
+    cuda = torch.device("cuda")
+    load_views = ViewLoader(
+        load_datasets(config).train.placed(cuda, num_workers=2),
+        config=config,
+        streams=STREAMS,
+        microbatch_size=2,
+        dtype=torch.float32,
+        device=cuda,
+    )
+    # Work that is still running when later batches are copied.
+    parts = [views.square().sqrt_() for views, _, _ in load_views(np.arange(20), 7)]
+    expected, _ = views_of(config, [*range(20)], microbatch=2)
+
+    torch.testing.assert_close(torch.cat(parts).cpu(), expected.abs())
+
+
 def test_a_loader_that_is_left_early_harms_no_later_draw(folder: Path) -> None:
     config = settings(folder)
     load_views = loader(config, workers=2, microbatch=2)
