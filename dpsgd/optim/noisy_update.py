@@ -3,6 +3,8 @@
 Abadi et al. 2016, Algorithm 1.
 """
 
+from collections.abc import Mapping
+
 from torch import Tensor
 
 from dpsgd.errors import fault
@@ -23,6 +25,7 @@ def noisy_grad(
     l2_sensitivity: float,
     noise_key: int,
     secure_noise: SecureNoise | None = None,
+    offsets: Mapping[str, int] | None = None,
 ) -> Params:
     r"""Turns the clipped sum of a whole draw into the private gradient, in place.
 
@@ -44,6 +47,9 @@ def noisy_grad(
         noise_key: The step's key, `RandomStreams.noise_key(step)`. Never use one key
             for two different sums: their difference would have no noise.
         secure_noise: Takes the place of the noise of the key; None keeps that.
+        offsets: Elements of each whole leaf that lie before the given part of it; None
+            if all are whole. The parts of all ranks then get the noise of the whole,
+            each element its own draw. Secure noise is for whole leaves, on one rank.
 
     Returns:
         (sum + noise) / B, float32: the same leaves, or with secure noise others.
@@ -57,9 +63,10 @@ def noisy_grad(
     _check_sensitivity(l2_sensitivity, mechanism)
     if secure_noise is not None:
         return _securely_noisy(clipped_sum, mechanism, secure_noise)
+    std = mechanism.noise_std
     for leaf, name in enumerate(sorted(clipped_sum)):
-        total = clipped_sum[name]
-        add_gaussian_noise_(total, std=mechanism.noise_std, key=noise_key, leaf=leaf)
+        total, offset = clipped_sum[name], (offsets or {}).get(name, 0)
+        add_gaussian_noise_(total, std=std, key=noise_key, leaf=leaf, offset=offset)
         total.div_(mechanism.expected_batch_size)
     return clipped_sum
 
@@ -72,6 +79,7 @@ def noisy_descent_(
     l2_sensitivity: float,
     noise_key: int,
     secure_noise: SecureNoise | None = None,
+    offsets: Mapping[str, int] | None = None,
     step: int,
     ema: Params | None,
     ema_decay: float | None,
@@ -94,6 +102,7 @@ def noisy_descent_(
         l2_sensitivity: As for `noisy_grad`.
         noise_key: As for `noisy_grad`.
         secure_noise: As for `noisy_grad`.
+        offsets: As for `noisy_grad`; parameters, momenta and average are parts alike.
         step: Step number, 0 <= step < num_steps.
         ema: Average so far, leaves like the parameters; None keeps none.
         ema_decay: Decay reached in the end, in [0, 1); None keeps no average.
@@ -110,6 +119,7 @@ def noisy_descent_(
             l2_sensitivity=l2_sensitivity,
             noise_key=noise_key,
             secure_noise=secure_noise,
+            offsets=offsets,
         )
         optimizer.step(grads, step=step)
         if ema is not None and ema_decay is not None:
@@ -132,6 +142,7 @@ def noisy_descent_(
         ),
         momenta=None if momenta is None else _leaves(momenta, names),
         averages=averages,
+        offsets=[(offsets or {}).get(name, 0) for name in names],
     )
 
 
