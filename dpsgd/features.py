@@ -19,7 +19,15 @@ from torch import Tensor, nn
 
 from dpsgd.checkpoint import read_tensors, write_tensors
 from dpsgd.config import Config, config_to_dict
-from dpsgd.data import Dataset, ViewLoader, has_room, microbatches, upload
+from dpsgd.data import (
+    Dataset,
+    Share,
+    ViewLoader,
+    everything,
+    has_room,
+    microbatches,
+    upload,
+)
 from dpsgd.errors import CheckpointError, fault
 from dpsgd.models import CLASSIFIER, frozen_tensors
 from dpsgd.rng import RandomStreams
@@ -110,6 +118,7 @@ class FeatureLoader:
         labels: (N,).
         microbatch_size: Examples M of every microbatch; the last one is padded.
         device: Where they are used; they are kept there if there is ample room.
+        share: Which of so many drawn examples this process works on.
     """
 
     def __init__(
@@ -119,12 +128,14 @@ class FeatureLoader:
         *,
         microbatch_size: int,
         device: torch.device,
+        share: Share = everything,
     ) -> None:
         home = device if has_room(device, features.nbytes) else features.device
         self._features = features.to(home)
         self._labels = labels.to(home)
         self._microbatch_size = microbatch_size
         self._device = device
+        self._share = share
 
     def __call__(
         self, draw: NDArray[np.int64], step: int
@@ -136,7 +147,8 @@ class FeatureLoader:
             step: Step number; an example has the same views in every step.
         """
         del step
-        for part in microbatches(draw, self._microbatch_size):
+        own = draw[self._share(len(draw))]
+        for part in microbatches(own, self._microbatch_size):
             rows = upload(torch.from_numpy(part.rows), self._features.device)
             features = upload(self._features[rows], self._device)
             labels = upload(self._labels[rows], self._device)

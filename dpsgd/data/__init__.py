@@ -4,7 +4,13 @@
 """
 
 from dpsgd.data.augmentation import ViewParameters, draw_views, make_views, normalize
-from dpsgd.data.batches import LoadViews, UserViewLoader, ViewLoader
+from dpsgd.data.batches import (
+    LoadViews,
+    Share,
+    UserViewLoader,
+    ViewLoader,
+    everything,
+)
 from dpsgd.data.canaries import (
     GradientCanaries,
     draw_coins,
@@ -49,6 +55,7 @@ __all__ = [
     "PoissonSampler",
     "PublicFacts",
     "Resizing",
+    "Share",
     "Store",
     "StoreDataset",
     "UserExamples",
@@ -58,6 +65,7 @@ __all__ = [
     "declared_num_examples",
     "draw_coins",
     "draw_views",
+    "everything",
     "extended",
     "find_matches",
     "has_room",

@@ -1,7 +1,7 @@
 """From a draw of examples, or of users, to microbatches of views on the device."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol, Self, final
 
 import numpy as np
@@ -21,10 +21,17 @@ from dpsgd.data.sampling import microbatches
 from dpsgd.data.users import UserExamples
 from dpsgd.rng import RandomStreams
 
-__all__ = ["LoadViews", "UserViewLoader", "ViewLoader"]
+__all__ = ["LoadViews", "Share", "UserViewLoader", "ViewLoader", "everything"]
+
+Share = Callable[[int], slice]
 
 # Which views an example has need not be secret; other runs then find them the same.
 _SEED_OF_FIXED_VIEWS = 0
+
+
+def everything(count: int) -> slice:
+    """Returns the share of a process that works alone: all of `count` things."""
+    return slice(0, count)
 
 
 class LoadViews(Protocol):
@@ -64,6 +71,8 @@ class ViewLoader:
         draws_per_view: Uniform numbers D that the network takes for each view.
         dtype: Type of the views.
         device: Where views are made.
+        share: Which of so many drawn examples this process works on. Views are drawn
+            for all of them, so that they do not depend on how a draw is shared.
     """
 
     def __init__(
@@ -77,6 +86,7 @@ class ViewLoader:
         draws_per_view: int = 0,
         dtype: torch.dtype,
         device: torch.device,
+        share: Share = everything,
     ) -> None:
         self._dataset = dataset
         self._config = config
@@ -89,6 +99,7 @@ class ViewLoader:
         self._padded_to = padded_to
         self._draws_per_view = draws_per_view
         self._device = device
+        self._share = share
         self._fixed: ViewParameters | None = None
 
     def holding(self, dataset: Dataset) -> Self:
@@ -107,20 +118,26 @@ class ViewLoader:
         mask, those of an example by its position in the draw, as its views are.
 
         An empty draw yields nothing: its sum is zero, and noise is added all the same.
+        So does an empty share of a draw.
 
         Args:
-            draw: Rows of the drawn examples, each once.
+            draw: Rows of the drawn examples, each once, the same for all who share.
             step: Step number, from which the augmentation follows.
         """
-        if len(draw) == 0:
+        own = self._share(len(draw))
+        size = own.stop - own.start
+        if size == 0:
             return
+        num_drawn = len(draw)
+        parameters = self._parameters(draw, step).microbatch(own.start, size)
+        draw = draw[own]
         parts = list(
             microbatches(draw, self._microbatch_size, padded_to=self._padded_to)
         )
         rows = torch.from_numpy(np.concatenate([part.rows for part in parts]))
         mask = torch.from_numpy(np.concatenate([part.mask for part in parts]))
         mask = upload(mask, self._device)
-        parameters = self._parameters(draw, step).microbatch(0, len(rows))
+        parameters = parameters.microbatch(0, len(rows))
         batches = self._dataset.batches(
             rows,
             [len(part.rows) for part in parts],
@@ -128,7 +145,7 @@ class ViewLoader:
             device=self._device,
         )
         parameters = parameters.to(self._device)
-        uniforms = self._uniforms(len(draw), step, padded_length=len(rows))
+        uniforms = self._uniforms(num_drawn, own, step, padded_length=len(rows))
         for part, (canvases, labels) in zip(parts, batches, strict=True):
             size = len(part.rows)
             place = slice(part.start, part.start + size)
@@ -155,12 +172,13 @@ class ViewLoader:
         return self._fixed.of(torch.from_numpy(draw))
 
     def _uniforms(
-        self, num_examples: int, step: int, *, padded_length: int
+        self, num_drawn: int, own: slice, step: int, *, padded_length: int
     ) -> tuple[Tensor, ...]:
-        """Returns the uniform numbers of all examples of a step, if any are wanted.
+        """Returns the uniform numbers of this share of a step, if any are wanted.
 
-        Example after example, so that appending one leaves those before it as they
-        were; a stream of their own, so that views do not depend on them.
+        Drawn for the whole draw, example after example, so that appending one leaves
+        those before it as they were, however the draw is shared; a stream of their own,
+        so that views do not depend on them.
         """
         if not self._draws_per_view:
             return ()
@@ -168,7 +186,8 @@ class ViewLoader:
         views = self._config.augmentation_multiplicity
         shape = (views, self._draws_per_view)
         uniforms = np.zeros((padded_length, *shape), np.float32)
-        uniforms[:num_examples] = rng.random((num_examples, *shape), dtype=np.float32)
+        drawn = rng.random((num_drawn, *shape), dtype=np.float32)[own]
+        uniforms[: len(drawn)] = drawn
         return (upload(torch.from_numpy(uniforms), self._device),)
 
     def _drawn(self, rng: np.random.Generator, num_examples: int) -> ViewParameters:
@@ -197,6 +216,7 @@ class UserViewLoader:
         draws_per_view: As for `ViewLoader`.
         dtype: Type of the views.
         device: Where views are made.
+        share: Which of so many drawn users this process works on.
     """
 
     def __init__(
@@ -211,6 +231,7 @@ class UserViewLoader:
         draws_per_view: int = 0,
         dtype: torch.dtype,
         device: torch.device,
+        share: Share = everything,
     ) -> None:
         assert dataset.users is not None
         self._users = UserExamples(dataset.users)
@@ -218,6 +239,7 @@ class UserViewLoader:
         self._max_examples = max_examples
         self._microbatch_size = microbatch_size
         self._device = device
+        self._share = share
         self._load_examples = ViewLoader(
             dataset,
             config=config,
@@ -227,7 +249,13 @@ class UserViewLoader:
             draws_per_view=draws_per_view,
             dtype=dtype,
             device=device,
+            share=self._share_of_examples,
         )
+
+    def _share_of_examples(self, count: int) -> slice:
+        """Returns which drawn examples this process works on: those of its users."""
+        users = self._share(count // self._max_examples)
+        return slice(users.start * self._max_examples, users.stop * self._max_examples)
 
     def __call__(
         self, draw: NDArray[np.int64], step: int
@@ -246,6 +274,7 @@ class UserViewLoader:
         rng = self._streams.generator("selection", step)
         rows, chosen = self._users.select(draw, max_examples=size, rng=rng)
         padding = np.zeros((self._microbatch_size, size), np.bool_)
+        chosen = chosen[self._share(len(draw))]
         present = upload(
             torch.from_numpy(np.concatenate([chosen, padding])), self._device
         )
