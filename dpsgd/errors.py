@@ -9,6 +9,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "DataError",
+    "RankError",
     "UserError",
     "fault",
 ]
@@ -28,6 +29,10 @@ class DataError(UserError):
 
 class CheckpointError(UserError):
     """A checkpoint that is damaged, foreign, or could not be written."""
+
+
+class RankError(UserError):
+    """Another process of the same run was lost."""
 
 
 class BudgetExceededError(UserError):

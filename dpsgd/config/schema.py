@@ -308,6 +308,11 @@ class RuntimeConfig:
     device: str = "auto"
     """`auto` (CUDA if there is one), `cpu`, `cuda` or `cuda:N`."""
 
+    parallel: Literal["none", "ddp", "fsdp"] = "none"
+    """How processes that torchrun started train one network: `ddp` keeps it whole on
+    each, `fsdp` keeps parameters, momenta and average in shards, and needs the network
+    to fit on one device only while a gradient is computed."""
+
     microbatch_size: PositiveInt | Literal["auto"] = "auto"
     """Examples or users a pass: memory only; the update never depends on it."""
 

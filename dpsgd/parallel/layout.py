@@ -1,0 +1,186 @@
+"""Where the leaves of the parameters lie, and the one sum over all ranks.
+
+A leaf is whole on every rank, or in shards of whole rows: with R rows and W ranks, each
+rank in turn has the next ceil(R / W) rows while there are any, so that the last may
+have fewer or none. Momenta and averages lie like their parameters.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from dpsgd.parallel.ranks import Ranks
+from dpsgd.trees import Params, sha256
+
+__all__ = ["Layout"]
+
+
+@final
+class Layout:
+    """What each rank has of every leaf; without shards and ranks, all of it.
+
+    Args:
+        ranks: The processes.
+        shapes: Whole shape of every leaf by name.
+        owner: What has sharded the parameters, by `fully_shard`, under the names of
+            the leaves; None if every leaf is whole on every rank.
+    """
+
+    def __init__(
+        self,
+        ranks: Ranks,
+        shapes: Mapping[str, torch.Size],
+        *,
+        owner: nn.Module | None = None,
+    ) -> None:
+        self.ranks = ranks
+        self._shapes = dict(shapes)
+        self._owner = owner
+        self._sharded = {
+            name for name, shape in shapes.items() if owner is not None and shape
+        }
+
+    @property
+    def offsets(self) -> dict[str, int]:
+        """Elements of each whole leaf that lie before this rank's part of it.
+
+        They tell the noise which of its draws are this rank's: no two ranks that hold
+        different elements take the same ones.
+        """
+        return {
+            name: self._rows(name).start * shape[1:].numel() if shape else 0
+            for name, shape in self._shapes.items()
+        }
+
+    def part(self, name: str, whole: Tensor) -> Tensor:
+        """Returns this rank's part of a leaf, or of what is shaped like one.
+
+        Args:
+            name: The leaf's; anything else, and a scalar, is whole on every rank.
+            whole: (rows, ...) values.
+        """
+        return whole[self._rows(name)] if self.divides(name, whole) else whole
+
+    def outline(self, leaves: Params) -> Params:
+        """Returns leaves of the whole shapes, without values."""
+        return {
+            name: torch.empty(
+                self._shapes.get(name, leaf.shape), dtype=leaf.dtype, device="meta"
+            )
+            for name, leaf in leaves.items()
+        }
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether any rank has only parts of some leaves."""
+        return self._owner is not None
+
+    def divides(self, name: str, part: Tensor) -> bool:
+        """Returns whether a leaf, or what belongs to one, is in parts."""
+        return name in self._sharded and part.dim() > 0
+
+    @contextmanager
+    def gathered(self, params: Params) -> Iterator[Params]:
+        """Gives the whole parameters, for as long as the context lasts.
+
+        The owner gathers them block by block, and gives their memory back at the end.
+
+        Args:
+            params: This rank's parts, those that the owner has.
+        """
+        if self._owner is None:
+            yield params
+            return
+        from torch.distributed.fsdp import FSDPModule  # a second that others spare
+
+        blocks = [one for one in self._owner.modules() if isinstance(one, FSDPModule)]
+        with self.ranks.exchanging("gathering of parameters"):
+            for block in blocks:
+                block.unshard()
+        leaves = dict(self._owner.named_parameters())
+        try:
+            yield {name: leaves[name].detach() for name in params}
+        finally:
+            for block in blocks:
+                block.reshard()
+
+    def whole(self, leaves: Params) -> Params:
+        """Returns whole leaves, such as averages, from all ranks' parts."""
+        if not self._sharded:
+            return leaves
+        with self.ranks.exchanging("gathering of averages"):
+            return {name: self._whole(name, leaf) for name, leaf in leaves.items()}
+
+    def total(self, clipped_sum: Params) -> Params:
+        r"""Returns this rank's part of the sum over all ranks: the only reduction.
+
+        $S = \sum_r S_r$, where $S_r$ is the sum over the examples of rank r. Every
+        element is reduced once a step: to all ranks if its leaf is whole on each, else
+        to the one rank that has it.
+
+        Guarantees:
+            It is the sum, never the mean: neither the number of ranks nor of examples
+            divides anything. As every example is in one rank's sum, clipped there, S
+            has the sensitivity of a single process's sum.
+
+        Args:
+            clipped_sum: Whole leaves, the sum over this rank's share of the draw.
+                Taken apart leaf by leaf, so that one of them is held twice at a time.
+
+        Source: Abadi et al. 2016, Algorithm 1, the sum under "Add noise"
+        (arXiv:1607.00133).
+        """
+        if self.ranks.mesh is None:
+            return clipped_sum
+        with self.ranks.exchanging("sum of clipped gradients"):
+            # Every rank must take the leaves in the same order.
+            return {
+                name: self._total(name, clipped_sum) for name in sorted(self._shapes)
+            }
+
+    def require_alike(self, params: Params) -> None:
+        """Raises ConfigError if ranks differ where they hold the same leaves."""
+        if self.ranks.size == 1:
+            return
+        alike = {name: one for name, one in params.items() if name not in self._sharded}
+        self.ranks.require_same({"parameters": sha256(alike)})
+
+    def _rows(self, name: str) -> slice:
+        """Returns which rows of a leaf this rank has."""
+        shape = self._shapes[name]
+        if name not in self._sharded:
+            return slice(0, shape[0] if shape else 1)
+        most = -(-shape[0] // self.ranks.size)
+        start = min(self.ranks.rank * most, shape[0])
+        return slice(start, min(start + most, shape[0]))
+
+    def _total(self, name: str, clipped_sum: Params) -> Tensor:
+        """Returns this rank's part of the sum of one leaf, which leaves the dict."""
+        from torch.distributed.tensor import DTensor, Partial
+
+        leaf = DTensor.from_local(
+            clipped_sum.pop(name), self.ranks.mesh, [Partial("sum")]
+        )
+        summed = leaf.redistribute(placements=[self._placement(name)])
+        return summed.to_local().contiguous()
+
+    def _whole(self, name: str, part: Tensor) -> Tensor:
+        """Returns a whole leaf from the parts of all ranks."""
+        from torch.distributed.tensor import DTensor
+
+        if name not in self._sharded:
+            return part
+        shape = self._shapes[name]
+        stride = torch.empty(shape, device="meta").stride()
+        mesh, placements = self.ranks.mesh, [self._placement(name)]
+        leaf = DTensor.from_local(part, mesh, placements, shape=shape, stride=stride)
+        return leaf.full_tensor()
+
+    def _placement(self, name: str) -> Any:
+        """Returns how torch calls the place of a leaf."""
+        from torch.distributed.tensor import Replicate, Shard
+
+        return Shard(0) if name in self._sharded else Replicate()

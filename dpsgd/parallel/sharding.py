@@ -1,0 +1,104 @@
+"""Parameters in shards: FSDP2 owns them, block by block.
+
+| | whole on a rank | in shards of 1/W |
+|--|--|--|
+| at rest | frozen tensors, parameters that are scalars | parameters, momenta, average |
+| from the first pass of a step to its sum | parameters, sum of clipped gradients | |
+| in the sum over ranks | one leaf of the sum more | |
+| in noise, update, average | | sum of clipped gradients |
+| in an evaluation | the weights that are measured | |
+
+So the peak of a step is two float32 copies of the parameters beside the shards and the
+pass itself. The network that computes is a plain one whose trainable parameters have no
+memory of their own: per-sample gradients go through torch.func, which does not know
+sharded parameters.
+"""
+
+import copy
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from dpsgd.parallel.layout import Layout
+from dpsgd.parallel.ranks import Ranks
+from dpsgd.trees import Params, sha256
+
+__all__ = ["laid_out"]
+
+
+def laid_out(model: nn.Module, ranks: Ranks, parallel: str) -> tuple[Layout, Params]:
+    """Returns where the trainable parameters lie from now on, and this rank's part.
+
+    Args:
+        model: Network, the same on every rank, on the device. Where parameters are
+            sharded it loses the values of the trainable ones.
+        ranks: The processes.
+        parallel: `none`, `ddp` or `fsdp`; the last shards if there is a process group.
+
+    Raises:
+        ConfigError: Ranks have networks of different values.
+    """
+    if ranks.size > 1:
+        ranks.require_same({"network": sha256(model.state_dict())})
+    trained = {
+        name: leaf for name, leaf in model.named_parameters() if leaf.requires_grad
+    }
+    shapes = {name: leaf.shape for name, leaf in trained.items()}
+    if parallel != "fsdp" or ranks.mesh is None:
+        return Layout(ranks, shapes), {
+            name: leaf.detach().clone(memory_format=torch.contiguous_format)
+            for name, leaf in trained.items()
+        }
+    owner = _sharded(model, ranks)
+    for name in trained:
+        _empty(model, name)
+    leaves = dict(owner.named_parameters())
+    params = {name: _local(leaves[name].detach()) for name in trained}
+    return Layout(ranks, shapes, owner=owner), params
+
+
+def _local(leaf: Tensor) -> Tensor:
+    """Returns this rank's part of a leaf: a view of what its owner has."""
+    from torch.distributed.tensor import DTensor
+
+    return leaf.to_local() if isinstance(leaf, DTensor) else leaf
+
+
+def _sharded(model: nn.Module, ranks: Ranks) -> nn.Module:
+    """Returns a network that keeps the trainable parameters in shards, and only that.
+
+    Its parameters are views of the shards, so that an update of them in place is seen
+    when they are gathered.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    owner = copy.deepcopy(model)
+    for leaf in owner.parameters():
+        leaf.data = leaf.data.contiguous()
+    ignored = {
+        leaf for leaf in owner.parameters() if not leaf.requires_grad or leaf.dim() == 0
+    }
+    kept = {*owner.parameters()} - ignored
+    for module in (*_blocks(owner), owner):
+        if kept & {*module.parameters()}:
+            fully_shard(module, mesh=ranks.mesh, ignored_params=ignored)
+            kept -= {*module.parameters()}
+    return owner
+
+
+def _blocks(module: nn.Module) -> Iterator[nn.Module]:
+    """Yields what networks here repeat: the members of `nn.Sequential`."""
+    for child in module.children():
+        if isinstance(module, nn.Sequential) and not isinstance(child, nn.Sequential):
+            yield child
+        else:
+            yield from _blocks(child)
+
+
+def _empty(model: nn.Module, name: str) -> None:
+    """Takes the values of a parameter away."""
+    module, _, own_name = name.rpartition(".")
+    holder = model.get_submodule(module)
+    old = holder.get_parameter(own_name)
+    setattr(holder, own_name, nn.Parameter(torch.empty_like(old, device="meta")))
