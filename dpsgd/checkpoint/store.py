@@ -1,52 +1,32 @@
-"""Checkpoints that are whole or absent, and are refused where they do not belong.
+"""The checkpoints of a run: each is whole or absent, and the newest few are kept.
 
-A checkpoint is one safetensors file: tensors, and JSON in its header. It holds the key
-of the random streams, from which the noise of every step follows, so it must stay as
-secret as the training data; `model.safetensors` is what may be released.
+A checkpoint is one safetensors file: tensors, and JSON in its header; or a folder of
+shards. It holds the key of the random streams, from which the noise of every step
+follows, so it must stay as secret as the training data; `model.safetensors` is what may
+be released.
 """
 
-import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-from torch import Tensor
-
+from dpsgd.checkpoint.files import read_tensors, sync_folder, write_tensors, writing
+from dpsgd.checkpoint.shards import (
+    Checkpoint,
+    complete_shards,
+    read_shards,
+    write_shard,
+)
 from dpsgd.errors import CheckpointError, fault
+from dpsgd.parallel import Ranks
 
-__all__ = [
-    "Checkpoint",
-    "CheckpointStore",
-    "differences",
-    "is_ours",
-    "read_tensors",
-    "write_atomically",
-    "write_tensors",
-]
+__all__ = ["CheckpointStore", "differences"]
 
-_HEADER = "dpsgd"
-_BEST = "best.safetensors"
-_OWNER_ONLY = 0o600
-
-
-@dataclass(frozen=True, slots=True)
-class Checkpoint:
-    """Everything a run needs to go on.
-
-    Attributes:
-        tensors: Parameters, averages and optimiser state by full name.
-        facts: JSON values: step, mechanism, settings, stream key, data fingerprint.
-    """
-
-    tensors: dict[str, Tensor]
-    facts: dict[str, Any]
+_WHOLE = ".safetensors"
+_SHARDS = ".shards"
 
 
 class CheckpointStore:
@@ -71,11 +51,44 @@ class CheckpointStore:
         Raises:
             CheckpointError: The file could not be written; nothing else changed.
         """
-        with _writing(self.folder):
+        with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-        write_tensors(self._path(step), checkpoint.tensors, checkpoint.facts)
-        for old in self._steps()[: -self._keep]:
-            self._path(old).unlink()
+        path = self._path(step, _WHOLE)
+        write_tensors(path, checkpoint.tensors, checkpoint.facts)
+        self._drop_old(path)
+
+    def save_shards(self, step: int, shard: Checkpoint, ranks: Ranks) -> None:
+        """Writes a checkpoint of which every rank holds a shard; all must call.
+
+        Shards are written into a folder of another name. Only when all are, the first
+        rank adds what says that they belong together, and renames the folder.
+
+        Guarantees:
+            Those of `save`, for all ranks together: when a rank returns, the
+            checkpoint is there.
+
+        Args:
+            step: Of the checkpoint.
+            shard: This rank's tensors, as `write_shard` wants them.
+            ranks: The processes.
+
+        Raises:
+            CheckpointError: This rank's file could not be written. The others wait for
+                it until their launcher ends them.
+        """
+        path = self._path(step, _SHARDS)
+        part = path.with_suffix(".part")
+        if ranks.is_first:
+            with writing(part):
+                shutil.rmtree(part, ignore_errors=True)
+                part.mkdir(parents=True)
+        ranks.meet()
+        write_shard(part, shard.tensors, rank=ranks.rank)
+        ranks.meet()
+        if ranks.is_first:
+            complete_shards(part, path, shard.facts, num_ranks=ranks.size)
+            self._drop_old(path)
+        ranks.meet()
 
     def mark_best(self, step: int) -> None:
         """Keeps the checkpoint of `step`, which exists, as the best.
@@ -83,16 +96,20 @@ class CheckpointStore:
         Raises:
             CheckpointError: It could not be kept; the best before it is untouched.
         """
-        link = self.folder / f"{_BEST}.tmp"
-        with _writing(self.folder / _BEST):
+        path = self._found()[step]
+        best = self.folder / f"best{path.suffix}"
+        link = self.folder / f"{best.name}.tmp"
+        with writing(best):
             link.unlink(missing_ok=True)
-            try:
-                os.link(self._path(step), link)
-            except OSError:  # a file system without hard links
-                shutil.copy(self._path(step), link)
-            link.replace(self.folder / _BEST)
+            if path.is_dir():  # folders have one name only
+                link.symlink_to(path.name)
+            else:
+                _link(path, link)
+            link.replace(best)
             link.unlink(missing_ok=True)  # two names of one file are left as they are
-            _sync_folder(self.folder)
+            for other in {_WHOLE, _SHARDS} - {path.suffix}:
+                best.with_suffix(other).unlink(missing_ok=True)
+            sync_folder(self.folder)
 
     def newest(self) -> Checkpoint:
         """Reads the newest checkpoint.
@@ -100,22 +117,54 @@ class CheckpointStore:
         Raises:
             CheckpointError: There is none, or it is damaged.
         """
-        steps = self._steps()
-        if not steps:
+        found = self._found()
+        if not found:
             rule = "holds no checkpoint"
             remedy = "start the run anew in another folder"
             raise CheckpointError(fault("--resume", self.folder.parent, rule, remedy))
-        tensors, facts = read_tensors(self._path(steps[-1]))
-        return Checkpoint(tensors, facts)
+        path = found[max(found)]
+        return read_shards(path) if path.is_dir() else Checkpoint(*read_tensors(path))
 
-    def _steps(self) -> list[int]:
-        """Returns the steps of the checkpoints that are there, ascending."""
-        names = self.folder.glob("step-" + 8 * "[0-9]" + ".safetensors")
-        return sorted(int(path.stem.removeprefix("step-")) for path in names)
+    def _found(self) -> dict[int, Path]:
+        """Returns the checkpoints that are there, by step, ascending."""
+        paths = [
+            path
+            for suffix in (_WHOLE, _SHARDS)
+            for path in self.folder.glob("step-" + 8 * "[0-9]" + suffix)
+        ]
+        steps = {int(path.stem.removeprefix("step-")): path for path in paths}
+        return dict(sorted(steps.items()))
 
-    def _path(self, step: int) -> Path:
-        """Returns the file of one step."""
-        return self.folder / f"step-{step:08d}.safetensors"
+    def _drop_old(self, newest: Path) -> None:
+        """Removes what the newest checkpoint makes dispensable, but never the best."""
+        for other in {_WHOLE, _SHARDS} - {newest.suffix}:
+            _remove(newest.with_suffix(other))
+        best = (self.folder / f"best{_SHARDS}").resolve()
+        for path in list(self._found().values())[: -self._keep]:
+            if path.resolve() != best:
+                _remove(path)
+
+    def _path(self, step: int, suffix: str) -> Path:
+        """Returns the file or folder of one step."""
+        return self.folder / f"step-{step:08d}{suffix}"
+
+
+def _link(path: Path, link: Path) -> None:
+    """Gives a file a second name."""
+    try:
+        os.link(path, link)
+    except OSError:  # a file system without hard links
+        shutil.copy(path, link)
+
+
+def _remove(path: Path) -> None:
+    """Removes a checkpoint, if it is there."""
+    if path.is_dir():
+        # Under another name: what a killed removal leaves is no checkpoint.
+        path = path.rename(path.with_suffix(".old"))
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def differences(
@@ -142,91 +191,3 @@ def differences(
                 f"{name}={json.dumps(new)}: the checkpoint has {json.dumps(old)}"
             )
     return [line.replace('"', "") for line in lines]
-
-
-def write_tensors(
-    path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]
-) -> None:
-    """Writes tensors with JSON facts atomically, readable by the owner alone.
-
-    Raises:
-        CheckpointError: The file could not be written; an older one is untouched.
-    """
-    on_cpu = {name: leaf.detach().cpu().contiguous() for name, leaf in tensors.items()}
-    write_atomically(path, save(on_cpu, metadata={_HEADER: json.dumps(dict(facts))}))
-
-
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Reads what `write_tensors` wrote; never runs code from the file.
-
-    Raises:
-        CheckpointError: The file is missing, damaged or not one of ours.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = (file.metadata() or {}).get(_HEADER)
-            if header is None:
-                raise SafetensorError("not written by dpsgd")
-            facts = json.loads(header)
-            names = file.keys()
-            return {name: file.get_tensor(name) for name in names}, facts
-    except (OSError, SafetensorError, json.JSONDecodeError) as error:
-        rule = f"is missing or damaged ({' '.join(str(error).split())})"
-        remedy = "delete it to go on from an older one, if there is one"
-        raise CheckpointError(fault("checkpoint", path, rule, remedy)) from error
-
-
-def is_ours(path: Path) -> bool:
-    """Returns whether `write_tensors` wrote a safetensors file.
-
-    Raises:
-        SafetensorError: It is damaged.
-    """
-    with safe_open(path, framework="pt") as file:
-        return _HEADER in (file.metadata() or {})
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replaces a file by new content, or leaves it as it was.
-
-    Temporary file, fsync, rename, fsync of the folder: after a crash at any point
-    the path holds the old content or the new, never a part.
-
-    Raises:
-        CheckpointError: The disk is full or refuses; the temporary file is removed.
-    """
-    temporary = path.with_name(f"{path.name}.tmp")
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
-    with _writing(path, len(content)):
-        try:
-            with os.fdopen(os.open(temporary, flags, _OWNER_ONLY), "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-            _sync_folder(path.parent)
-        except OSError:
-            temporary.unlink(missing_ok=True)
-            raise
-
-
-@contextmanager
-def _writing(path: Path, num_bytes: int = 0) -> Iterator[None]:
-    """Turns what a full or locked disk raises into a CheckpointError."""
-    try:
-        yield
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        rule = "the disk is full" if full else f"cannot be written ({error.strerror})"
-        room = f"free {num_bytes or 4096:,} bytes" if full else "give access to it"
-        remedy = f"{room} and go on with --resume"
-        raise CheckpointError(fault("checkpoint", path, rule, remedy)) from error
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes a rename in a folder survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -34,7 +34,7 @@ def run_weights(
         tensors, facts = read_tensors(directory.weights)
     else:
         newest = CheckpointStore(directory.checkpoints, keep=1).newest()
-        tensors, facts = newest.tensors, newest.facts
+        tensors, facts = dict(newest.tensors), newest.facts
     return chosen_weights(tensors, which, field=field), facts
 
 
