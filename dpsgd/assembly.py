@@ -12,22 +12,22 @@ from torch import nn
 
 from dpsgd.checkpoint import Checkpoint, CheckpointStore
 from dpsgd.clipping import clipping_slack
-from dpsgd.config import Config
+from dpsgd.config import Config, config_to_dict
 from dpsgd.data import (
     Dataset,
     DataSplits,
     LoadViews,
     PoissonSampler,
     PublicFacts,
+    Share,
     UserViewLoader,
     ViewLoader,
-    declared_num_examples,
     load_datasets,
     normalize,
     num_decode_workers,
     published_facts,
 )
-from dpsgd.errors import ConfigError, DataError, fault
+from dpsgd.declared import check_labels, facts_of, with_classes
 from dpsgd.evaluate import Evaluation, evaluate
 from dpsgd.features import FeatureCache, FeatureLoader
 from dpsgd.gradient_engine import build_gradient_engine, execution_of, loss_of
@@ -38,10 +38,10 @@ from dpsgd.models import (
     freeze,
     frozen_tensors,
     initialize,
-    trainable_params,
 )
 from dpsgd.non_private import NonPrivateStep, ShuffledSampler, SummedGrad
 from dpsgd.optim import Optimizer, SecureNoise
+from dpsgd.parallel import Layout, Ranks, laid_out
 from dpsgd.persistence import check_shapes, restore_state, save_state
 from dpsgd.planning import Plan, make_plan, outline
 from dpsgd.privacy import DPSGDMechanism, PrivacyLedger
@@ -49,8 +49,10 @@ from dpsgd.resumption import (
     arithmetic_of,
     check_mechanism,
     check_same_run,
+    constants_of,
     continued_streams,
     identity_of,
+    with_microbatch_size,
 )
 from dpsgd.rng import RandomStreams
 from dpsgd.train import Run, TrainState
@@ -71,8 +73,8 @@ def plan_of(config: Config) -> Plan:
     """
     facts = published_facts(config.data)
     if facts is None:
-        facts = _facts(config, load_datasets(config.data))
-    facts = _with_classes(config, facts)
+        facts = facts_of(config, load_datasets(config.data))
+    facts = with_classes(config, facts)
     return make_plan(config, facts, initialization=_initialization(config, facts))
 
 
@@ -82,56 +84,63 @@ def assemble(
     store: CheckpointStore,
     checkpoint: Checkpoint | None = None,
     shown_step: int = 0,
+    ranks: Ranks | None = None,
 ) -> tuple[Run, TrainState, Plan]:
     """Builds a run, at its start or where a checkpoint left it.
+
+    Ranks begin alike or not at all: settings, data, mechanism, arithmetic, parameters
+    and step are compared, and all take the keys of the first one.
 
     Args:
         config: Settings.
         store: Where checkpoints go.
         checkpoint: Where to go on from; None starts anew.
         shown_step: Last step whose evaluation was recorded.
+        ranks: The processes that train together; None is this one alone.
 
     Raises:
-        UserError: Settings, data or checkpoint are at fault.
+        UserError: Settings, data or checkpoint are at fault, or ranks do not agree.
     """
-    splits = load_datasets(config.data)
+    ranks = ranks or Ranks()
+    with ranks.one_first("data"):
+        splits = load_datasets(config.data)
     identity = identity_of(config, splits)
-    mechanism = None
     if checkpoint is not None:
         check_same_run(checkpoint, identity)
-        mechanism = DPSGDMechanism.from_dict(checkpoint.facts["mechanism"])
-        config = _with_microbatch_size(config, checkpoint)
-    facts = _with_classes(config, _facts(config, splits))
-    start = _initialization(config, facts, checkpoint)
-    plan = make_plan(config, facts, mechanism=mechanism, initialization=start)
+        config = with_microbatch_size(config, checkpoint)
+    plan = _plan(config, splits, checkpoint, ranks)
     cache = _feature_cache(config)
     features = cache.identity if cache is not None else None
-    decoder = splits.train.decoder
-    arithmetic = arithmetic_of(plan, config, features=features, decoder=decoder)
-    streams = _streams(config, plan, arithmetic, checkpoint, shown_step)
+    arithmetic = arithmetic_of(
+        plan,
+        config,
+        features=features,
+        decoder=splits.train.decoder,
+        num_ranks=ranks.size,
+    )
+    streams = _streams(config, plan, arithmetic, checkpoint, shown_step, ranks)
     model = _begun_network(config, plan, splits, streams)
     frozen = frozen_tensors(model)
-    state = _initial_state(config, trainable_params(model))
+    layout, params = laid_out(model, ranks, config.runtime.parallel)
+    state = _initial_state(config, params)
     if checkpoint is not None:
-        restore_state(state, frozen, checkpoint)
-    constants = {
-        **identity,
-        "initialization": start and start.to_dict(),
-        "arithmetic": arithmetic,
-        "mechanism": plan.mechanism.to_dict(),
-        "streams": streams.to_dict(),
-    }
+        restore_state(state, frozen, checkpoint, layout)
+    constants = {**identity, **constants_of(plan, streams), "arithmetic": arithmetic}
+    ranks.require_same({**constants, **config_to_dict(config), "step": state.step})
     run = Run(
         config=config,
         mechanism=plan.mechanism,
         streams=streams,
+        layout=layout,
         frozen=frozen,
-        save=partial(save_state, store, frozen=frozen, constants=constants),
-        keep_best=store.mark_best,
-        evaluate=evaluator(config, splits, model, facts.class_names, plan.device),
+        save=partial(
+            save_state, store, frozen=frozen, constants=constants, layout=layout
+        ),
+        keep_best=store.mark_best if ranks.is_first else lambda step: None,
+        evaluate=_evaluator_of_parts(config, plan, splits, model, layout),
         ledger=_ledger(config, plan),
         sampler=_sampler(plan, splits, streams),
-        load_views=_loader(config, plan, splits, streams, model, cache),
+        load_views=_loader(config, plan, splits, streams, model, cache, ranks.share),
         grad_fn=build_gradient_engine(config, plan, model),
         secure_noise=_secure_noise(config, plan, state.params),
         unaccounted_step=_unaccounted_step(config, splits, streams, model),
@@ -153,7 +162,7 @@ def load_network(
     Raises:
         UserError: Settings, data and weights do not fit together.
     """
-    facts = _with_classes(config, _facts(config, splits))
+    facts = with_classes(config, facts_of(config, splits))
     model = _network(config, facts, splits)
     check_shapes("weights", params, model.state_dict())
     return model.to(device), facts.class_names
@@ -161,7 +170,7 @@ def load_network(
 
 def _network(config: Config, facts: PublicFacts, splits: DataSplits) -> nn.Module:
     """Returns the network, parameters undrawn, once every label has an output."""
-    _check_labels(splits, facts.num_classes)
+    check_labels(splits, facts.num_classes)
     return build_model(
         config.model, image_shape=facts.image_shape, num_classes=facts.num_classes
     )
@@ -178,18 +187,47 @@ def _initialization(
     return fit(read_weights(config.model), outline(config, facts), config)
 
 
+def _plan(
+    config: Config, splits: DataSplits, checkpoint: Checkpoint | None, ranks: Ranks
+) -> Plan:
+    """Returns the plan, with the mechanism of a checkpoint if there is one."""
+    mechanism = None
+    if checkpoint is not None:
+        mechanism = DPSGDMechanism.from_dict(checkpoint.facts["mechanism"])
+    facts = with_classes(config, facts_of(config, splits))
+    plan = make_plan(
+        config,
+        facts,
+        mechanism=mechanism,
+        initialization=_initialization(config, facts, checkpoint),
+        num_ranks=ranks.size,
+    )
+    ranks.meet()  # data were read and noise calibrated, each in its own time
+    # Ranks may have different room; the smallest microbatch fits on all.
+    fitting = -ranks.largest(-plan.microbatch_size)
+    return dataclasses.replace(plan, microbatch_size=fitting)
+
+
 def _streams(
     config: Config,
     plan: Plan,
     arithmetic: Mapping[str, Any],
     checkpoint: Checkpoint | None,
     shown_step: int,
+    ranks: Ranks,
 ) -> RandomStreams:
-    """Returns new streams, or those with which a checkpoint's run goes on."""
+    """Returns new streams, or those with which a checkpoint's run goes on.
+
+    Keys may come from the operating system: all ranks take those of the first.
+    """
     if checkpoint is None:
-        return RandomStreams.from_seed(config.train.seed)
-    check_mechanism(config, plan)
-    return continued_streams(checkpoint, arithmetic=arithmetic, shown_step=shown_step)
+        streams = RandomStreams.from_seed(config.train.seed)
+    else:
+        check_mechanism(config, plan)
+        streams = continued_streams(
+            checkpoint, arithmetic=arithmetic, shown_step=shown_step
+        )
+    return RandomStreams.from_dict(ranks.from_first(streams.to_dict()))
 
 
 def _begun_network(
@@ -203,48 +241,6 @@ def _begun_network(
     freeze(model, config.finetune.train)
     check_model(model, plan.facts.image_shape)
     return model.to(plan.device)
-
-
-def _facts(config: Config, splits: DataSplits) -> PublicFacts:
-    """Returns the public facts of loaded data, whose size is declared, not counted."""
-    if config.privacy.unit == "user":
-        size = config.data.num_users
-        assert size is not None  # the loader sees to it
-    else:
-        size = declared_num_examples(config.data, rows_held=len(splits.train))
-    return PublicFacts(
-        num_examples=size,
-        image_shape=splits.train.image_shape,
-        class_names=splits.train.class_names,
-    )
-
-
-def _with_classes(config: Config, facts: PublicFacts) -> PublicFacts:
-    """Returns the facts with a name for every output of the network."""
-    declared, wanted = len(facts.class_names), config.model.num_classes
-    if not declared and wanted is None:
-        rule = "the data set declares no classes, and labels are never counted"
-        raise ConfigError(
-            fault("model.num_classes", None, rule, "give the number of classes")
-        )
-    if declared and wanted not in (None, declared):
-        rule = f"the data set declares {declared} classes"
-        raise ConfigError(
-            fault("model.num_classes", wanted, rule, f"set {declared} or remove it")
-        )
-    names = facts.class_names or tuple(str(label) for label in range(wanted or 0))
-    return dataclasses.replace(facts, class_names=names)
-
-
-def _check_labels(splits: DataSplits, num_classes: int) -> None:
-    """Raises if a label has no output of the network."""
-    for field, dataset in (("data.train", splits.train), ("data.test", splits.test)):
-        wrong = (dataset.labels >= num_classes).nonzero()
-        if len(wrong):
-            row = int(wrong[0])
-            rule = f"row {row} has the label {int(dataset.labels[row])}"
-            remedy = f"{field} must have labels below it, or raise it"
-            raise DataError(fault("model.num_classes", num_classes, rule, remedy))
 
 
 def _ledger(config: Config, plan: Plan) -> PrivacyLedger:
@@ -295,6 +291,7 @@ def _view_loader(
     splits: DataSplits,
     streams: RandomStreams,
     model: nn.Module,
+    share: Share,
 ) -> LoadViews:
     """Returns what turns draws of the training set into views."""
     # A draw ends, on average, half a microbatch early. Two sizes are worth recording;
@@ -316,6 +313,7 @@ def _view_loader(
         draws_per_view=draws_per_view(model),
         dtype=getattr(torch, config.model.compute_dtype),
         device=plan.device,
+        share=share,
     )
 
 
@@ -338,16 +336,27 @@ def _loader(
     streams: RandomStreams,
     model: nn.Module,
     cache: FeatureCache | None,
+    share: Share,
 ) -> LoadViews:
     """Returns what turns draws of the training set into views, or their features."""
     if cache is None:
-        return _view_loader(config, plan, splits, streams, model)
+        return _view_loader(config, plan, splits, streams, model, share)
     return FeatureLoader(
         cache.load(model, _placed(config, splits.train, plan.device), config),
         splits.train.labels,
         microbatch_size=plan.microbatch_size,
         device=plan.device,
+        share=share,
     )
+
+
+def _evaluator_of_parts(
+    config: Config, plan: Plan, splits: DataSplits, model: nn.Module, layout: Layout
+) -> Callable[[Params], Evaluation]:
+    """Returns what measures weights of which each rank has its part."""
+    names = plan.facts.class_names
+    measure = evaluator(config, splits, model, names, plan.device)
+    return lambda parts: measure(layout.whole(parts), ranks=layout.ranks)
 
 
 def evaluator(
@@ -356,7 +365,7 @@ def evaluator(
     model: nn.Module,
     class_names: tuple[str, ...],
     device: torch.device,
-) -> Callable[[Params], Evaluation]:
+) -> Callable[..., Evaluation]:
     """Returns what measures weights on the public test set.
 
     Args:
@@ -379,22 +388,9 @@ def evaluator(
 
 def _initial_state(config: Config, params: Params) -> TrainState:
     """Returns the state before the first step."""
-    contiguous = torch.contiguous_format
-    params = {
-        name: leaf.clone(memory_format=contiguous) for name, leaf in params.items()
-    }
     ema = None
     if config.ema.decay is not None:
         ema = {name: leaf.clone() for name, leaf in params.items()}
     num_steps = config.train.num_steps
     optimizer = Optimizer(params, config.optimizer, num_steps=num_steps)
     return TrainState(step=0, params=params, ema=ema, optimizer=optimizer)
-
-
-def _with_microbatch_size(config: Config, checkpoint: Checkpoint) -> Config:
-    """Returns settings whose `auto` is what it was, so that rounding is the same."""
-    if config.runtime.microbatch_size != "auto":
-        return config
-    saved = checkpoint.facts["arithmetic"]["microbatch_size"]
-    runtime = dataclasses.replace(config.runtime, microbatch_size=saved)
-    return dataclasses.replace(config, runtime=runtime)

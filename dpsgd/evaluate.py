@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from dpsgd.data import Dataset
+from dpsgd.parallel import Ranks
 from dpsgd.trees import Params
 
 __all__ = ["Evaluation", "evaluate"]
@@ -63,8 +64,11 @@ def evaluate(
     normalize: Callable[[Tensor], Tensor],
     class_names: tuple[str, ...],
     batch_size: int,
+    ranks: Ranks | None = None,
 ) -> Evaluation:
     """Measures a network on a test set, one view an image, without augmentation.
+
+    Each rank measures its share of the test set, and counts are summed.
 
     Accuracies are exact counts without noise, by class and by the test set's groups,
     so that the test set must be public.
@@ -76,16 +80,18 @@ def evaluate(
         normalize: Maps uint8 images (M, C, H, W) to the network's input.
         class_names: Name of each output.
         batch_size: Images a pass; memory only.
+        ranks: Who measures; None is this process alone.
     """
+    ranks = ranks or Ranks()
     device = next(iter(params.values())).device
     num_classes, total = len(class_names), len(dataset)
-    hit: list[Tensor] = []
+    is_right = torch.zeros(total, dtype=torch.int64)
     top5, loss = 0, 0.0
+    own = ranks.share(total)
     with torch.no_grad():
-        rows = torch.arange(total)
-        sizes = [
-            min(batch_size, total - start) for start in range(0, total, batch_size)
-        ]
+        rows = torch.arange(own.start, own.stop)
+        sizes = [len(part) for part in rows.split(batch_size) if len(part)]
+        start = own.start
         for images, labels in dataset.batches(rows, sizes, device=device):
             inputs = normalize(images[:, 0])  # (M, C, H, W)
             logits = functional_call(model, params, (inputs,)).float()
@@ -93,8 +99,10 @@ def evaluate(
             guesses = logits.topk(min(5, num_classes), dim=1).indices  # (M, 5)
             hits = guesses == labels[:, None]
             top5 += int(hits.any(dim=1).sum())
-            hit.append(hits[:, 0].cpu())
-    is_right = torch.cat(hit)
+            is_right[start : start + len(hits)] = hits[:, 0].cpu().long()
+            start += len(hits)
+    is_right = ranks.total(is_right).bool()
+    top5, loss = ranks.total(torch.tensor([top5, loss], dtype=torch.float64)).tolist()
     per_class = _shares(is_right, dataset.labels.cpu(), class_names)
     per_group: tuple[dict[str, float], dict[str, int]] = ({}, {})
     if dataset.groups is not None:

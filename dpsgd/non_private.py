@@ -130,11 +130,13 @@ class NonPrivateStep:
             rule = "this step clips nothing and adds no noise"
             raise ValueError(fault("privacy.enabled", True, rule, "use train_step"))
         batch = self.sampler.draw(state.step)
-        grads = zeros_like(state.params)
-        passes = [
-            self.grad_fn.accumulate(grads, state.params, *part, mask=mask)
-            for *part, mask in run.load_views(batch, state.step)
-        ]
+        with run.layout.gathered(state.params) as params:
+            grads = zeros_like(params)
+            passes = [
+                self.grad_fn.accumulate(grads, params, *part, mask=mask)
+                for *part, mask in run.load_views(batch, state.step)
+            ]
+        grads = run.layout.total(grads)
         torch._foreach_div_(list(grads.values()), float(len(batch)))
         state.optimizer.step(grads, step=state.step)
         decay = run.config.ema.decay

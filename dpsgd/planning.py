@@ -249,6 +249,7 @@ def make_plan(
     *,
     mechanism: DPSGDMechanism | None = None,
     initialization: Initialization | None = None,
+    num_ranks: int = 1,
 ) -> Plan:
     """Says what a run will do.
 
@@ -257,6 +258,7 @@ def make_plan(
         facts: Public facts of the data set.
         mechanism: That of a checkpoint; None builds it from the settings.
         initialization: Weights that the network starts from, if there are any.
+        num_ranks: Processes that share every draw: a matter of memory and speed only.
 
     Raises:
         ConfigError: Settings and facts do not fit together.
@@ -264,7 +266,7 @@ def make_plan(
     device = choose_device(config.runtime.device)
     model = outline(config, facts)
     memory = _memory(config, facts, model, device)
-    microbatch_size = _choose_microbatch_size(config, memory, device)
+    microbatch_size = _choose_microbatch_size(config, memory, device, num_ranks)
     trained = trainable_params(model)
     accountant = build_accountant(config.privacy.accountant)
     if mechanism is None:
@@ -322,7 +324,7 @@ def _memory(
 
 
 def _choose_microbatch_size(
-    config: Config, memory: MicrobatchMemory, device: torch.device
+    config: Config, memory: MicrobatchMemory, device: torch.device, num_ranks: int
 ) -> int:
     """Returns the configured size if it fits, or a good one for `auto`."""
     available = _memory_of(device)
@@ -338,9 +340,8 @@ def _choose_microbatch_size(
     share = int(_MEMORY_SHARE * available)
     if device.type == "cpu":
         share = min(share, memory.fixed + _CPU_MICROBATCH_BYTES)
-    most = min(
-        memory.largest_fitting(share), math.ceil(config.privacy.expected_batch_size)
-    )
+    expected = math.ceil(config.privacy.expected_batch_size / num_ranks)
+    most = min(memory.largest_fitting(share), expected)
     if config.runtime.feature_cache is None:
         most = min(most, _VIEWS_PER_PASS[device.type] // config.views_per_unit)
     return 1 << max(0, most.bit_length() - 1)  # a power of two, at least 1

@@ -3,7 +3,8 @@
 A step repeated with its old noise key but other arithmetic would release two sums whose
 difference has no noise. So a resumed run keeps its noise key only where it repeats the
 interrupted one bit for bit; elsewhere the noise gets a new key. Secure noise is new in
-every piece of a run.
+every piece of a run. A sum over two ranks is the same in either order; that one over
+more is formed in the same order every time is nothing to rest a guarantee on.
 """
 
 import dataclasses
@@ -23,11 +24,14 @@ __all__ = [
     "arithmetic_of",
     "check_mechanism",
     "check_same_run",
+    "constants_of",
     "continued_streams",
     "identity_of",
+    "with_microbatch_size",
 ]
 
 _FORMAT = 3
+_MOST_REPEATABLE_RANKS = 2
 # Where the data lie, how fast, how often and how closely we look may change between
 # the pieces of a run; everything else decides what is learned or guaranteed.
 _MAY_CHANGE = ("runtime", "eval", "report")
@@ -104,16 +108,18 @@ def arithmetic_of(
     *,
     features: str | None = None,
     decoder: str | None = None,
+    num_ranks: int = 1,
 ) -> dict[str, Any]:
     """Returns what rounding depends on: equal values repeat a CPU run bit for bit.
 
-    Not so with secure noise, which is never the same twice.
+    Not so with secure noise, which is never the same twice, and on many ranks.
 
     Args:
         plan: The plan.
         config: Settings.
         features: Identity of the cached features that stand for views, if any do.
         decoder: What turns encoded images into pixels, if they are not held.
+        num_ranks: Processes that sum.
     """
     return {
         "noise": config.privacy.noise,
@@ -126,6 +132,8 @@ def arithmetic_of(
         "execution": config.runtime.execution,
         "features": features,
         "decoder": decoder,
+        "parallel": config.runtime.parallel,
+        "num_ranks": num_ranks,
     }
 
 
@@ -149,7 +157,11 @@ def continued_streams(
             and so be paid for once but released twice.
     """
     streams = RandomStreams.from_dict(checkpoint.facts["streams"])
-    repeats = arithmetic["device"] == "cpu" and arithmetic["noise"] == "standard"
+    repeats = (
+        arithmetic["device"] == "cpu"
+        and arithmetic["noise"] == "standard"
+        and arithmetic["num_ranks"] <= _MOST_REPEATABLE_RANKS
+    )
     if repeats and checkpoint.facts["arithmetic"] == dict(arithmetic):
         return streams
     step = checkpoint.facts["step"]
@@ -158,3 +170,21 @@ def continued_streams(
         remedy = "restore the newer checkpoint, or start a new run"
         raise CheckpointError(fault("--resume", "...", rule, remedy))
     return streams.with_new_noise()
+
+
+def constants_of(plan: Plan, streams: RandomStreams) -> dict[str, Any]:
+    """Returns what every checkpoint of the run says of it."""
+    return {
+        "initialization": plan.initialization and plan.initialization.to_dict(),
+        "mechanism": plan.mechanism.to_dict(),
+        "streams": streams.to_dict(),
+    }
+
+
+def with_microbatch_size(config: Config, checkpoint: Checkpoint) -> Config:
+    """Returns settings whose `auto` is what it was, so that rounding is the same."""
+    if config.runtime.microbatch_size != "auto":
+        return config
+    saved = checkpoint.facts["arithmetic"]["microbatch_size"]
+    runtime = dataclasses.replace(config.runtime, microbatch_size=saved)
+    return dataclasses.replace(config, runtime=runtime)

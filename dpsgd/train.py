@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
-from torch import Tensor
 
 from dpsgd.clipping import ClippedGrad, PassStatistics
 from dpsgd.config import Config
@@ -18,6 +17,7 @@ from dpsgd.data import LoadViews, PoissonSampler
 from dpsgd.errors import UserError, fault
 from dpsgd.evaluate import Evaluation
 from dpsgd.optim import Optimizer, SecureNoise, noisy_descent_
+from dpsgd.parallel import Layout, Ranks
 from dpsgd.privacy import DPSGDMechanism, PrivacyLedger
 from dpsgd.rng import RandomStreams
 from dpsgd.trees import Params, zeros_like
@@ -46,11 +46,12 @@ class Run:
         ledger: What has been spent, and may be.
         streams: Random streams.
         sampler: "Take a random sample".
-        load_views: Turns a draw into microbatches of views.
+        load_views: Turns a draw into microbatches of views, of this rank's share.
         grad_fn: "Compute gradient", "Clip gradient".
         secure_noise: Noise in place of that of the streams; None keeps theirs.
+        layout: Where parameters lie, and how ranks sum.
         frozen: Tensors of the network that no step changes.
-        evaluate: Measures weights on the public test set.
+        evaluate: Measures weights that lie like parameters on the public test set.
         save: Writes a checkpoint of a state.
         keep_best: Marks the checkpoint of a step as the best.
         unaccounted_step: Stands for `train_step` in a run without privacy, which uses
@@ -65,6 +66,7 @@ class Run:
     load_views: LoadViews
     grad_fn: ClippedGrad
     secure_noise: SecureNoise | None
+    layout: Layout
     frozen: Params
     evaluate: Callable[[Params], Evaluation]
     save: Callable[["TrainState"], None]
@@ -83,10 +85,17 @@ class Run:
             ("mechanism", self.ledger.mechanism, self.mechanism),
             ("noise", self._noise, self.config.privacy.noise),
             ("privacy", self.unaccounted_step is None, self.config.privacy.enabled),
+            # Every rank would draw its own from the operating system.
+            ("ranks", self.ranks.size if self.secure_noise else 1, 1),
         ):
             if part != accounted:
                 rule = f"the mechanism has {accounted}"
                 raise ValueError(fault(what, part, rule, "build both from one"))
+
+    @property
+    def ranks(self) -> Ranks:
+        """The processes that train."""
+        return self.layout.ranks
 
     @property
     def _noise(self) -> str:
@@ -108,7 +117,7 @@ class TrainState:
 
     Attributes:
         step: Steps taken, each paid for.
-        params: Trainable parameters, float32.
+        params: Trainable parameters, float32; this rank's part of them.
         ema: Their average, or None.
         optimizer: Update rule with its momenta.
         best_accuracy: Highest test accuracy evaluated so far, -1 before the first.
@@ -196,13 +205,16 @@ def train_step(run: Run, state: TrainState) -> list[PassStatistics]:
     """
     # "Take a random sample L_t with sampling probability L/N"
     draw = run.sampler.draw(state.step)
-    # "Compute gradient", "Clip gradient", and their sum
+    # "Compute gradient", "Clip gradient", and their sum over this rank's share
     kind = torch.float32 if run.secure_noise is None else torch.float64
-    clipped_sum = zeros_like(state.params, kind)
-    passes = [
-        run.grad_fn.accumulate(clipped_sum, state.params, *batch, mask=mask)
-        for *batch, mask in run.load_views(draw, state.step)
-    ]
+    with run.layout.gathered(state.params) as params:
+        clipped_sum = zeros_like(params, kind)
+        passes = [
+            run.grad_fn.accumulate(clipped_sum, params, *batch, mask=mask)
+            for *batch, mask in run.load_views(draw, state.step)
+        ]
+    # The sum over all ranks, once, and never their mean
+    clipped_sum = run.layout.total(clipped_sum)
     # "Add noise", divide by the expected batch size L, "Descent"; then the average
     noisy_descent_(
         clipped_sum,
@@ -211,6 +223,7 @@ def train_step(run: Run, state: TrainState) -> list[PassStatistics]:
         l2_sensitivity=run.grad_fn.l2_sensitivity,
         noise_key=run.streams.noise_key(state.step),
         secure_noise=run.secure_noise,
+        offsets=run.layout.offsets,
         step=state.step,
         ema=state.ema,
         ema_decay=run.config.ema.decay,
@@ -236,7 +249,7 @@ def train(
         run: Parts of the run.
         state: Where to start; changed in place.
         observers: Told of every step and evaluation.
-        stop_requested: Asked after every step; True saves and returns.
+        stop_requested: Asked after every step; True saves and returns. Ranks agree.
 
     Raises:
         UserError: The parameters or the test loss are no longer finite.
@@ -334,7 +347,7 @@ def _evaluate(run: Run, state: TrainState, observers: Sequence[Observer]) -> Non
 def _check_finite(run: Run, state: TrainState) -> None:
     """Raises if training has diverged; parameters are private, so looking is free."""
     norms = torch.stack(torch._foreach_norm(list(state.params.values())))
-    if not bool(torch.isfinite(norms).all()):
+    if run.ranks.any(not torch.isfinite(norms).all()):
         raise _diverged(run, state, "parameters")
 
 
@@ -360,24 +373,27 @@ def _step_record(
 
 
 def _unprotected(run: Run, passes: Sequence[PassStatistics]) -> dict[str, float]:
-    """Summarises values that noise does not protect."""
-    if not passes:
+    """Summarises values that noise does not protect, over all ranks."""
+    sums = torch.zeros(5, dtype=torch.float64)
+    for one in passes:
+        norms = one.per_sample_norms.nan_to_num()
+        seen = (
+            one.num_examples,
+            one.num_nonfinite,
+            one.losses.nan_to_num().sum(),
+            norms.sum(),
+            (norms > run.mechanism.clipping_norm).sum(),
+        )
+        sums += torch.stack([value.double() for value in seen]).cpu()
+    realized, left_out, *totals = run.ranks.total(sums).tolist()
+    if not realized:
         return {"realized_batch_size": 0.0}
-    losses = torch.cat([one.losses for one in passes])
-    realized = torch.stack([one.num_examples for one in passes]).sum()
-    left_out = torch.stack([one.num_nonfinite for one in passes]).sum()
-
-    def mean(values: Tensor) -> float:
-        return float(values.nan_to_num().sum() / realized.clamp(min=1))
-
+    loss, norm, clipped = (total / realized for total in totals)
     values = {
-        "realized_batch_size": float(realized),
-        "train_loss": mean(losses),
-        "num_nonfinite": float(left_out),
+        "realized_batch_size": realized,
+        "train_loss": loss,
+        "num_nonfinite": left_out,
     }
     if run.config.privacy.enabled:
-        norms = torch.cat([one.per_sample_norms for one in passes])
-        values["mean_gradient_norm"] = mean(norms)
-        clipped = norms > run.mechanism.clipping_norm
-        values["clipped_share"] = mean(clipped.float())
+        values |= {"mean_gradient_norm": norm, "clipped_share": clipped}
     return values

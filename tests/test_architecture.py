@@ -12,7 +12,7 @@ FOUNDATIONS = {"errors", "rng", "trees"}
 LAYERS = {
     **dict.fromkeys([*FOUNDATIONS, "config", "kernels"], 0),
     **dict.fromkeys(["data", "models", "privacy"], 1),
-    **dict.fromkeys(["clipping", "optim", "parallel"], 2),
+    **dict.fromkeys(["clipping", "declared", "optim", "parallel"], 2),
     **dict.fromkeys(["evaluate", "checkpoint", "report"], 3),
     **dict.fromkeys(["features", "sweep", "train", "weights"], 4),
     **dict.fromkeys(["planning", "persistence", "non_private"], 5),

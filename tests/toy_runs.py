@@ -17,12 +17,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from small_runs import small_config
-from torch import Tensor
+from torch import Tensor, nn
 
 import dpsgd.train
 from dpsgd.clipping import clipped_grad
 from dpsgd.data import ImageDataset, PoissonSampler, ViewLoader
 from dpsgd.optim import Optimizer
+from dpsgd.parallel import Ranks, laid_out
 from dpsgd.privacy import DPSGDMechanism, PrivacyLedger, PRVAccountant
 from dpsgd.rng import RandomStreams
 from dpsgd.train import Run, TrainState
@@ -57,6 +58,15 @@ def with_draw(run: Run, rows: Any) -> Run:
     return dataclasses.replace(run, sampler=draw)
 
 
+class Leaves(nn.Module):
+    """Parameters of so many rows, all zeros, and nothing that computes."""
+
+    def __init__(self, rows: dict[str, int]) -> None:
+        super().__init__()
+        for name, count in rows.items():
+            self.register_parameter(name, nn.Parameter(torch.zeros(count)))
+
+
 def linear_loss(params: Params, views: Tensor, label: Tensor) -> Tensor:
     """Its gradient is the mean view, cut in two leaves; the leaf `idle` has none."""
     weights = torch.cat([params["first"], params["late"]])
@@ -74,13 +84,19 @@ def toy_run(
     num_views: int = 1,
     num_idle: int = 1,
     seed: int = 0,
+    ranks: Ranks | None = None,
+    **changes: Any,
 ) -> tuple[Run, TrainState]:
-    """A run on (N, W) rows, whose leaf `idle` shows noise alone; C is 1."""
+    """A run on (N, W) rows, whose leaf `idle` shows noise alone; C is 1.
+
+    `changes` are of settings, named `section__key`.
+    """
     config = small_config(
         {
             **_SETTINGS,
             "data.augmentation_multiplicity": num_views,
             "train.num_steps": num_steps,
+            **{name.replace("__", "."): value for name, value in changes.items()},
         }
     )
     mechanism = DPSGDMechanism(
@@ -92,11 +108,9 @@ def toy_run(
         delta=1e-5,
     )
     streams = RandomStreams.from_seed(seed)
-    params = {
-        "first": torch.zeros(rows.shape[1] - 2),
-        "idle": torch.zeros(num_idle),
-        "late": torch.zeros(2),
-    }
+    ranks = ranks or Ranks()
+    leaves = {"first": rows.shape[1] - 2, "idle": num_idle, "late": 2}
+    layout, params = laid_out(Leaves(leaves), ranks, config.runtime.parallel)
     run = Run(
         config=config,
         mechanism=mechanism,
@@ -112,10 +126,12 @@ def toy_run(
             microbatch_size=microbatch_size,
             dtype=torch.float32,
             device=torch.device("cpu"),
+            share=ranks.share,
         ),
         grad_fn=clipped_grad(linear_loss, clipping_norm=1.0),
         evaluate=lambda params: SimpleNamespace(accuracy=0.0, loss=0.0),
         secure_noise=None,
+        layout=layout,
         frozen={},
         save=lambda state: None,
         keep_best=lambda step: None,

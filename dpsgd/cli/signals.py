@@ -5,6 +5,8 @@ import time
 from types import FrameType
 from typing import Any
 
+from dpsgd.parallel import Ranks
+
 __all__ = ["SIGNAL_EXIT", "StopSignal"]
 
 SIGNAL_EXIT = 128  # a shell's code for a process that a signal ended
@@ -26,6 +28,11 @@ class StopSignal:
     def __enter__(self) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             self._before[number] = signal.signal(number, self._handle)
+
+    def agreed(self, ranks: Ranks) -> bool:
+        """Returns whether any rank was asked to stop: then all were, to this one."""
+        self.received = ranks.largest(self.received or 0) or None
+        return self.received is not None
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():

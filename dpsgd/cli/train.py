@@ -5,7 +5,7 @@ import resource
 import sys
 import time
 from collections.abc import Sequence
-from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from dpsgd.assembly import assemble, plan_of
 from dpsgd.checkpoint import CheckpointStore, write_atomically, write_tensors
 from dpsgd.cli.errors import UsageParser, exit_code
 from dpsgd.cli.groups import comparisons
+from dpsgd.cli.launch import launch_of, run_of
 from dpsgd.cli.signals import SIGNAL_EXIT, StopSignal
 from dpsgd.config import (
     Config,
@@ -24,6 +25,7 @@ from dpsgd.config import (
     with_absolute_paths,
 )
 from dpsgd.errors import ConfigError, fault
+from dpsgd.parallel import Ranks, joined
 from dpsgd.planning import Plan
 from dpsgd.report import (
     FORMAT,
@@ -31,7 +33,6 @@ from dpsgd.report import (
     ProgressView,
     RunDirectory,
     comparison_table,
-    default_run_directory,
     environment,
     guarantee_in_words,
     last_evaluated_step,
@@ -40,6 +41,7 @@ from dpsgd.report import (
     to_json,
 )
 from dpsgd.train import EvaluationRecord, Outcome, Run, StepRecord, TrainState, train
+from dpsgd.trees import Params
 
 __all__ = ["main"]
 
@@ -100,24 +102,27 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _run(arguments: argparse.Namespace) -> int:
     """Plans or trains, as the arguments say."""
-    console = Console(markup=False, emoji=False)  # a path may hold [brackets]
     path = arguments.config or RunDirectory(arguments.resume).config
     if arguments.resume is not None:
         RunDirectory(arguments.resume).require()
     config = load_config(path, arguments.overrides)
-    if arguments.plan:
-        _show_plan(console, config, plan_of(config))
-        return 0
-    directory = RunDirectory(
-        arguments.resume
-        or arguments.run_dir
-        or default_run_directory(path, datetime.now())
-    )
-    return _train(console, config, directory, resumes=arguments.resume is not None)
+    with joined(config) as ranks:
+        # A path may hold [brackets]; the first rank speaks for all.
+        console = Console(markup=False, emoji=False, quiet=not ranks.is_first)
+        if arguments.plan:
+            _show_plan(console, config, plan_of(config))
+            return 0
+        directory, resumes = run_of(arguments.resume, arguments.run_dir, path, ranks)
+        return _train(console, config, directory, ranks, resumes=resumes)
 
 
 def _train(
-    console: Console, config: Config, directory: RunDirectory, *, resumes: bool
+    console: Console,
+    config: Config,
+    directory: RunDirectory,
+    ranks: Ranks,
+    *,
+    resumes: bool,
 ) -> int:
     """Trains in a folder, from the start or from its newest checkpoint."""
     store = CheckpointStore(directory.checkpoints, keep=config.runtime.keep_checkpoints)
@@ -129,7 +134,10 @@ def _train(
         store=store,
         checkpoint=checkpoint,
         shown_step=last_evaluated_step(directory.metrics),
+        ranks=ranks,
     )
+    if not ranks.is_first:
+        return _follow(run, state)
     if not resumes:
         directory.create(config_to_dict(with_absolute_paths(config)))
         _record_plan(directory, config, plan)
@@ -137,11 +145,23 @@ def _train(
         return _train_locked(console, config, directory, run, state, plan)
 
 
+def _follow(run: Run, state: TrainState) -> int:
+    """Trains along with the first rank, which speaks and writes."""
+    stop = StopSignal()
+    with stop:
+        outcome = train(run, state, stop_requested=partial(stop.agreed, run.ranks))
+    if outcome == "interrupted":
+        return SIGNAL_EXIT + (stop.received or 0)
+    _final_weights(run, state)
+    return 0
+
+
 def _record_plan(directory: RunDirectory, config: Config, plan: Plan) -> None:
     """Writes what the run will do, and with what, for those who read it unfinished."""
     planned = {"format": FORMAT, **plan.to_dict(config)}
     write_atomically(directory.plan, to_json(planned, indent=2).encode())
-    write_atomically(directory.environment, to_json(environment()).encode())
+    found = {**environment(), **launch_of()}
+    write_atomically(directory.environment, to_json(found).encode())
 
 
 def _train_locked(
@@ -166,7 +186,7 @@ def _train_locked(
     try:
         with stop, progress:
             outcome = train(
-                run, state, [observer], stop_requested=lambda: stop.received is not None
+                run, state, [observer], stop_requested=partial(stop.agreed, run.ranks)
             )
     except RuntimeError as error:
         if not _is_out_of_memory(error):
@@ -253,8 +273,7 @@ def _leave(
 ) -> None:
     """Writes weights and report, and prints the result."""
     report = _report(run, state, record, outcome)
-    weights = {f"last/{name}": leaf for name, leaf in state.params.items()}
-    weights |= {f"ema/{name}": leaf for name, leaf in (state.ema or {}).items()}
+    weights = _final_weights(run, state)
     weights |= {f"frozen/{name}": leaf for name, leaf in run.frozen.items()}
     facts = {"step": state.step, **{name: report[name] for name in _GUARANTEE}}
     network = config_to_dict(run.config)["model"]
@@ -275,6 +294,15 @@ def _leave(
         text = f"the budget was spent after {state.step} of {run.mechanism.num_steps}"
         console.print(f"stopped early: {text} steps", highlight=False, soft_wrap=True)
     console.print(f"report: {directory.report}", highlight=False, soft_wrap=True)
+
+
+def _final_weights(run: Run, state: TrainState) -> Params:
+    """Returns the weights that may be released, which all ranks put together."""
+    weights = {}
+    for group, leaves in (("last", state.params), ("ema", state.ema or {})):
+        for name, leaf in run.layout.whole(leaves).items():
+            weights[f"{group}/{name}"] = leaf
+    return weights
 
 
 def _report(

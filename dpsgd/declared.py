@@ -1,0 +1,56 @@
+"""The public facts that a run goes by: declared, never counted from private data."""
+
+import dataclasses
+
+from dpsgd.config import Config
+from dpsgd.data import DataSplits, PublicFacts, declared_num_examples
+from dpsgd.errors import ConfigError, DataError, fault
+
+__all__ = ["check_labels", "facts_of", "with_classes"]
+
+
+def facts_of(config: Config, splits: DataSplits) -> PublicFacts:
+    """Returns the public facts of loaded data, whose size is declared, not counted."""
+    if config.privacy.unit == "user":
+        size = config.data.num_users
+        assert size is not None  # the loader sees to it
+    else:
+        size = declared_num_examples(config.data, rows_held=len(splits.train))
+    return PublicFacts(
+        num_examples=size,
+        image_shape=splits.train.image_shape,
+        class_names=splits.train.class_names,
+    )
+
+
+def with_classes(config: Config, facts: PublicFacts) -> PublicFacts:
+    """Returns the facts with a name for every output of the network.
+
+    Raises:
+        ConfigError: Declared classes and `model.num_classes` contradict each other, or
+            neither is given.
+    """
+    declared, wanted = len(facts.class_names), config.model.num_classes
+    if not declared and wanted is None:
+        rule = "the data set declares no classes, and labels are never counted"
+        raise ConfigError(
+            fault("model.num_classes", None, rule, "give the number of classes")
+        )
+    if declared and wanted not in (None, declared):
+        rule = f"the data set declares {declared} classes"
+        raise ConfigError(
+            fault("model.num_classes", wanted, rule, f"set {declared} or remove it")
+        )
+    names = facts.class_names or tuple(str(label) for label in range(wanted or 0))
+    return dataclasses.replace(facts, class_names=names)
+
+
+def check_labels(splits: DataSplits, num_classes: int) -> None:
+    """Raises DataError if a label has no output of the network."""
+    for field, dataset in (("data.train", splits.train), ("data.test", splits.test)):
+        wrong = (dataset.labels >= num_classes).nonzero()
+        if len(wrong):
+            row = int(wrong[0])
+            rule = f"row {row} has the label {int(dataset.labels[row])}"
+            remedy = f"{field} must have labels below it, or raise it"
+            raise DataError(fault("model.num_classes", num_classes, rule, remedy))

@@ -1,0 +1,157 @@
+"""What ranks do in the tests: each function is played by every rank."""
+
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from rank_processes import Arrays, arrays, run_of_ranks, whole_state
+from small_runs import small_config
+from toy_runs import Rows, toy_run, with_draw
+
+import dpsgd.train
+from dpsgd.cli.signals import StopSignal
+from dpsgd.kernels import add_gaussian_noise_
+from dpsgd.parallel import Layout, Ranks, joined
+from dpsgd.train import train_step
+from dpsgd.trees import Params
+
+Changes = dict[str, Any]
+
+
+def toy_steps(ranks: Ranks, mode: str, rows: Rows, options: Changes) -> dict[str, Any]:
+    """Steps of the linear model; parameters after each, and how many each part has."""
+    run, state = toy_run(rows, ranks=ranks, runtime__parallel=mode, **options)
+    steps, unprotected = [], []
+    while state.step < run.mechanism.num_steps:
+        passes = train_step(run, state)
+        steps.append(arrays(run.layout.whole(state.params)))
+        unprotected.append(dpsgd.train._unprotected(run, passes))
+    held = {name: leaf.numel() for name, leaf in state.params.items()}
+    return {"steps": steps, "unprotected": unprotected, "held": held}
+
+
+def noise_alone(ranks: Ranks, mode: str, num_idle: int) -> Arrays:
+    """What one step of an empty draw releases, times the divisor."""
+    options = {"noise_multiplier": 2.0, "num_idle": num_idle, "runtime__parallel": mode}
+    run, state = toy_run(np.zeros((4, 7)), ranks=ranks, **options)
+    train_step(with_draw(run, []), state)
+    return arrays(run.layout.whole(state.params))
+
+
+def trained(
+    ranks: Ranks, folder: Path, changes: Changes, num_steps: int
+) -> dict[str, Any]:
+    """The state after some steps, saved; with the evaluation of the parameters."""
+    run, state = run_of_ranks(folder, changes, ranks)
+    take_step = run.unaccounted_step or train_step
+    while state.step < num_steps:
+        take_step(run, state)
+    run.save(state)
+    run.keep_best(state.step)
+    evaluation = run.evaluate(state.params)
+    return {
+        "state": whole_state(run, state),
+        "accuracy": evaluation.accuracy,
+        "loss": evaluation.loss,
+        "held": sum(leaf.numel() for leaf in state.params.values()),
+    }
+
+
+def restored(ranks: Ranks, folder: Path, changes: Changes) -> dict[str, Any]:
+    """The state of the newest checkpoint, and the nonce of its noise from now on."""
+    run, state = run_of_ranks(folder, changes, ranks, resume=True)
+    nonce = run.streams.noise_nonce
+    return {"state": whole_state(run, state), "step": state.step, "nonce": nonce}
+
+
+def unlike(ranks: Ranks, folder: Path, changes: Changes, odd: Changes) -> str:
+    """Starts a run of which the second rank has other settings."""
+    run_of_ranks(folder, {**changes, **(odd if ranks.rank == 1 else {})}, ranks)
+    return "started"
+
+
+def drifted(ranks: Ranks) -> str:
+    """Compares parameters of which one rank has others, by a last bit or two."""
+    run, state = toy_run(np.zeros((4, 5)), ranks=ranks, runtime__parallel="ddp")
+    state.params["late"][0] += ranks.rank * 1e-7
+    run.layout.require_alike(state.params)
+    return "alike"
+
+
+def stopping(
+    ranks: Ranks, folder: Path, changes: Changes, asked: int
+) -> tuple[str, int, int]:
+    """Trains until one rank is asked to stop, in the third step."""
+    run, state = run_of_ranks(folder, changes, ranks)
+    stop = StopSignal()
+
+    def requested() -> bool:
+        if ranks.rank == asked and state.step == 3:
+            stop.received = 15
+        return stop.agreed(ranks)
+
+    outcome = dpsgd.train.train(run, state, stop_requested=requested)
+    return outcome, state.step, stop.received or 0
+
+
+def diverging(ranks: Ranks) -> str:
+    """Looks at parameters of which the second rank alone has a NaN."""
+    run, state = toy_run(np.zeros((4, 5)), ranks=ranks, runtime__parallel="ddp")
+    if ranks.rank == 1:
+        state.params["late"][0] = torch.nan
+    dpsgd.train._check_finite(run, state)
+    return "finite"
+
+
+def misfit(ranks: Ranks, changes: Changes) -> str:
+    """Joins with settings that are not for several processes."""
+    with joined(small_config(changes)):
+        return "joined"
+
+
+def with_defect(
+    ranks: Ranks, defect: str, rows: Rows, options: Changes
+) -> dict[str, Any]:
+    """The linear model's steps, with a defect planted into every rank."""
+    with PLANTED[defect]():
+        return toy_steps(ranks, "fsdp" if "shards" in defect else "ddp", rows, options)
+
+
+def _mean_instead_of_sum() -> Any:
+    total = Layout.total
+
+    def mean(self: Layout, clipped_sum: Params) -> Params:
+        summed = total(self, clipped_sum)
+        return {name: leaf / self.ranks.size for name, leaf in summed.items()}
+
+    return mock.patch.object(Layout, "total", mean)
+
+
+def _noise_of_every_rank() -> Any:
+    total = Layout.total
+
+    def noisy(self: Layout, clipped_sum: Params) -> Params:
+        for leaf, name in enumerate(sorted(clipped_sum)):
+            key = self.ranks.rank
+            add_gaussian_noise_(clipped_sum[name], std=1.0, key=key, leaf=leaf)
+        return total(self, clipped_sum)
+
+    return mock.patch.object(Layout, "total", noisy)
+
+
+def _same_noise_on_all_shards() -> Any:
+    return mock.patch.object(Layout, "offsets", {})
+
+
+def _everything_on_every_rank() -> Any:
+    return mock.patch.object(Ranks, "share", lambda self, count: slice(0, count))
+
+
+PLANTED = {
+    "the mean over ranks is taken for the sum": _mean_instead_of_sum,
+    "every rank adds noise of its own": _noise_of_every_rank,
+    "the same noise on all shards": _same_noise_on_all_shards,
+    "every rank takes the whole draw": _everything_on_every_rank,
+}
