@@ -133,7 +133,7 @@ def run_of_ranks(
 ) -> tuple[Run, TrainState]:
     """A run of these ranks, anew or from the newest checkpoint of a folder."""
     config = small_config(changes)
-    store = CheckpointStore(folder, keep=2)
+    store = CheckpointStore(folder, keep=config.runtime.keep_checkpoints)
     checkpoint = store.newest() if resume else None
     run, state, _ = assemble(config, store=store, checkpoint=checkpoint, ranks=ranks)
     return run, state

@@ -59,3 +59,11 @@ def test_a_run_learns_the_same_with_either_engine(tmp_path: Path) -> None:
     for name, leaf in params[0].items():
         # Four steps of size 0.5; the ghost engine bounds the rounding of its norms.
         torch.testing.assert_close(params[1][name], leaf, rtol=1e-3, atol=1e-4)
+
+
+def test_passes_over_sharded_parameters_are_not_recorded() -> None:
+    sharded = {"runtime__parallel": "fsdp"}
+
+    assert chosen(**sharded) == (GhostClippedGrad, "eager")
+    with pytest.raises(ConfigError, match="fsdp gathers the parameters at another"):
+        chosen(**sharded, runtime__execution="cuda_graph")

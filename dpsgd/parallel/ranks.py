@@ -227,7 +227,9 @@ def _introduced(size: int) -> tuple[int, Any]:
     if size == 1:
         return 0, dist.HashStore()  # type: ignore[attr-defined]
     store, rank, _ = next(rendezvous("env://", timeout=_TIMEOUT))
-    return rank, PrefixStore("dpsgd", store)
+    # torchrun keeps the store when it starts ranks again; they must not read old words.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return rank, PrefixStore(f"dpsgd, start {attempt}", store)
 
 
 def _check(config: Config, size: int, local_rank: int) -> None:

@@ -7,13 +7,12 @@ from unittest import mock
 import numpy as np
 import torch
 from rank_processes import Arrays, arrays, run_of_ranks, whole_state
-from small_runs import small_config
 from toy_runs import Rows, toy_run, with_draw
 
 import dpsgd.train
 from dpsgd.cli.signals import StopSignal
 from dpsgd.kernels import add_gaussian_noise_
-from dpsgd.parallel import Layout, Ranks, joined
+from dpsgd.parallel import Layout, Ranks
 from dpsgd.train import train_step
 from dpsgd.trees import Params
 
@@ -57,6 +56,17 @@ def trained(
         "loss": evaluation.loss,
         "held": sum(leaf.numel() for leaf in state.params.values()),
     }
+
+
+def saved(
+    ranks: Ranks, folder: Path, changes: Changes, num_steps: int, best: bool
+) -> None:
+    """Saves a state that says it has taken so many steps, maybe as the best."""
+    run, state = run_of_ranks(folder, changes, ranks)
+    state.step = num_steps
+    run.save(state)
+    if best:
+        run.keep_best(num_steps)
 
 
 def restored(ranks: Ranks, folder: Path, changes: Changes) -> dict[str, Any]:
@@ -103,12 +113,6 @@ def diverging(ranks: Ranks) -> str:
         state.params["late"][0] = torch.nan
     dpsgd.train._check_finite(run, state)
     return "finite"
-
-
-def misfit(ranks: Ranks, changes: Changes) -> str:
-    """Joins with settings that are not for several processes."""
-    with joined(small_config(changes)):
-        return "joined"
 
 
 def with_defect(
