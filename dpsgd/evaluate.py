@@ -90,7 +90,8 @@ def evaluate(
     own = ranks.share(total)
     with torch.no_grad():
         rows = torch.arange(own.start, own.stop)
-        sizes = [len(part) for part in rows.split(batch_size) if len(part)]
+        starts = range(own.start, own.stop, batch_size)
+        sizes = [min(batch_size, own.stop - start) for start in starts]
         start = own.start
         for images, labels in dataset.batches(rows, sizes, device=device):
             inputs = normalize(images[:, 0])  # (M, C, H, W)

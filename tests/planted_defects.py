@@ -3,9 +3,9 @@
     python tests/planted_defects.py            # what each detector says of each defect
     python tests/planted_defects.py --write    # the same, into docs/audit.md
 
-A defect replaces one function of the training path while it is planted. Code for
-several ranks does not exist here: their two defects are planted where ranks would meet
-the noise, in its scale and in its counters, and the sum over ranks is what is released.
+A defect replaces one function of the training path while it is planted. Two defects of
+several ranks are planted where ranks meet the noise, in its scale and in its counters,
+and the sum over ranks is what is released; tests/parallel plants more into real ranks.
 """
 
 import argparse
