@@ -110,14 +110,9 @@ def assemble(
         config = with_microbatch_size(config, checkpoint)
     plan = _plan(config, splits, checkpoint, ranks)
     cache = _feature_cache(config)
-    features = cache.identity if cache is not None else None
-    arithmetic = arithmetic_of(
-        plan,
-        config,
-        features=features,
-        decoder=splits.train.decoder,
-        num_ranks=ranks.size,
-    )
+    kept = {"features": cache.identity if cache is not None else None}
+    kept |= {"decoder": splits.train.decoder}
+    arithmetic = arithmetic_of(plan, config, num_ranks=ranks.size, **kept)
     streams = _streams(config, plan, arithmetic, checkpoint, shown_step, ranks)
     model = _begun_network(config, plan, splits, streams)
     frozen = frozen_tensors(model)
