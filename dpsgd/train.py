@@ -374,18 +374,11 @@ def _step_record(
 
 def _unprotected(run: Run, passes: Sequence[PassStatistics]) -> dict[str, float]:
     """Summarises values that noise does not protect, over all ranks."""
-    sums = torch.zeros(5, dtype=torch.float64)
-    for one in passes:
-        norms = one.per_sample_norms.nan_to_num()
-        seen = (
-            one.num_examples,
-            one.num_nonfinite,
-            one.losses.nan_to_num().sum(),
-            norms.sum(),
-            (norms > run.mechanism.clipping_norm).sum(),
-        )
-        sums += torch.stack([value.double() for value in seen]).cpu()
-    realized, left_out, *totals = run.ranks.total(sums).tolist()
+    bound = run.mechanism.clipping_norm
+    sums = torch.zeros(1, 5, dtype=torch.float64)
+    if passes:  # the device is waited for once, not after every pass
+        sums = torch.stack([one.sums(bound) for one in passes])
+    realized, left_out, *totals = run.ranks.total(sums.sum(0).cpu()).tolist()
     if not realized:
         return {"realized_batch_size": 0.0}
     loss, norm, clipped = (total / realized for total in totals)

@@ -73,6 +73,21 @@ class PassStatistics:
     num_nonfinite: Tensor
     num_examples: Tensor
 
+    def sums(self, clipping_norm: float) -> Tensor:
+        """Returns (5,) float64 sums over examples, where the pass was taken.
+
+        In order: examples, those left out, losses, norms, norms above `clipping_norm`.
+        """
+        norms = self.per_sample_norms.nan_to_num()
+        parts = (
+            self.num_examples,
+            self.num_nonfinite,
+            self.losses.nan_to_num().sum(),
+            norms.sum(),
+            (norms > clipping_norm).sum(),
+        )
+        return torch.stack([part.double() for part in parts])
+
 
 @dataclass(frozen=True, slots=True)
 class ClippedGrads:
