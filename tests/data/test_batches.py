@@ -1,5 +1,6 @@
 """What reaches the device: every drawn example in its views, and nothing twice."""
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -100,6 +101,23 @@ def test_uniform_draws_follow_from_the_step_and_the_place_in_the_draw() -> None:
         assert torch.equal(uniforms_of([1, 4, 7, 9, 15, 18], **changes), whole)
     assert torch.equal(uniforms_of([2, 4, 7]), whole[:3])
     assert not torch.equal(uniforms_of([2, 4, 7], step=8), whole[:3])
+
+
+@pytest.mark.parametrize("cuts", [[0, 9], [0, 4, 9], [0, 0, 1, 9, 9]])
+def test_the_shares_of_a_draw_are_the_draw(cuts: list[int]) -> None:
+    draw, how = list(range(3, 12)), {"draws_per_view": 2}
+    shares = [
+        load(draw, share=lambda count, own=slice(*pair): own, **how)
+        for pair in itertools.pairwise(cuts)
+    ]
+
+    def used(parts: list[tuple[Tensor, ...]]) -> list[Tensor]:
+        mask = torch.cat([part[-1] for part in parts])
+        return [torch.cat(column)[mask] for column in list(zip(*parts, strict=True))]
+
+    together = used([part for share in shares for part in share])
+    for found, expected in zip(together, used(load(draw, **how)), strict=True):
+        assert torch.equal(found, expected)  # views, labels, uniform numbers
 
 
 def test_uniform_draws_change_no_view() -> None:

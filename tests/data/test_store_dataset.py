@@ -24,6 +24,7 @@ from dpsgd.data import (
     draw_views,
     load_datasets,
     normalize,
+    num_decode_workers,
     open_source,
     prepare,
 )
@@ -186,6 +187,35 @@ def test_views_on_a_gpu_are_those_of_the_cpu(folder: Path, augmentation: str) ->
     expected, _ = views_of(config, [*range(20)], microbatch=2)
 
     torch.testing.assert_close(torch.cat(parts).cpu(), expected.abs())
+
+
+def test_the_shares_of_a_draw_are_the_draw(folder: Path) -> None:
+    config, draw = settings(folder), np.array([2, 5, 6, 11, 19])
+    dataset = load_datasets(config).train.placed(CPU, num_workers=0)
+
+    def views(own: slice) -> Tensor:
+        load = ViewLoader(
+            dataset,
+            config=config,
+            streams=STREAMS,
+            microbatch_size=1,
+            dtype=torch.float32,
+            device=CPU,
+            share=lambda count: own,
+        )
+        return torch.cat([views for views, _, _ in load(draw, 7)])
+
+    shares = [views(slice(0, 2)), views(slice(2, 5))]
+    assert torch.equal(torch.cat(shares), views(slice(0, 5)))
+
+
+def test_ranks_of_one_machine_share_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
+    alone = num_decode_workers("auto")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+
+    assert (alone, num_decode_workers("auto")) == (16, 4)
+    assert num_decode_workers(3) == 3
 
 
 def test_a_loader_that_is_left_early_harms_no_later_draw(folder: Path) -> None:

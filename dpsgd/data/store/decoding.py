@@ -46,10 +46,16 @@ _TOKENS = count()
 
 
 def num_decode_workers(setting: int | Literal["auto"]) -> int:
-    """Returns the number of processes that `runtime.decode_workers` means."""
+    """Returns the number of processes that `runtime.decode_workers` means.
+
+    Ranks that torchrun starts on one machine share its cores.
+    """
     if setting != "auto":
         return setting
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else 0
+    if sys.platform != "linux":
+        return 0
+    num_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, len(os.sched_getaffinity(0)) // num_ranks)
 
 
 def decoder_version() -> str:
