@@ -38,6 +38,14 @@ def test_files_that_documents_name_exist(code: str) -> None:
     assert not [name for name in named if not (ROOT / name).exists()]
 
 
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_what_documents_link_to_exists(path: Path) -> None:
+    links = re.findall(r"\]\(([^)#\s]+)", path.read_text())
+    inside = [link for link in links if "://" not in link]
+
+    assert not [link for link in inside if not (path.parent / link).exists()]
+
+
 def test_make_targets_that_documents_name_exist(code: str) -> None:
     makefile = (ROOT / "Makefile").read_text()
     known = set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
