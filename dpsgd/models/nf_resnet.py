@@ -6,8 +6,6 @@ published; it has no skip gains; its standardisation adds 1e-5 to the variance, 
 the squared norm is at least 1e-4.
 """
 
-import torch
-
 from dpsgd.config import ModelConfig
 from dpsgd.errors import ConfigError, fault
 from dpsgd.models.norm_free import RELU, NormFreeDesign, NormFreeNetwork
@@ -62,12 +60,9 @@ def build_nf_resnet(
         faults.append(fault("model.depth", config.depth, rule, "take one of them"))
     if faults:
         raise ConfigError("\n".join(faults))
-    return NormFreeNetwork(
+    return NormFreeNetwork.configured(
         nf_resnet_design(config.depth),
-        in_channels=image_shape[0],
+        config,
+        image_shape=image_shape,
         num_classes=num_classes,
-        skip_gain_init=config.skip_gain_init,
-        stochastic_depth=config.stochastic_depth,
-        stride_padding=config.stride_padding,
-        compute_dtype=getattr(torch, config.compute_dtype),
     )

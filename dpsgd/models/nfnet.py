@@ -7,8 +7,6 @@ does. Shortcuts are averaged over 2x2 pixels, so variances are below the predict
 where images are not smooth.
 """
 
-import torch
-
 from dpsgd.config import ModelConfig
 from dpsgd.errors import ConfigError, fault
 from dpsgd.models.norm_free import GELU, NormFreeDesign, NormFreeNetwork
@@ -59,12 +57,9 @@ def build_nfnet(
         faults.append(fault("model.variant", None, rule, "take one of F0 to F6"))
     if faults:
         raise ConfigError("\n".join(faults))
-    return NormFreeNetwork(
+    return NormFreeNetwork.configured(
         nfnet_design(str(config.variant)),
-        in_channels=image_shape[0],
+        config,
+        image_shape=image_shape,
         num_classes=num_classes,
-        skip_gain_init=config.skip_gain_init,
-        stochastic_depth=config.stochastic_depth,
-        stride_padding=config.stride_padding,
-        compute_dtype=getattr(torch, config.compute_dtype),
     )

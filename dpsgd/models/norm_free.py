@@ -17,13 +17,14 @@ squeeze-excite weights have variance 1/I, 0.77/I there; strides and max pooling 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dpsgd.config import ModelConfig
 from dpsgd.models.layers import Conv2d, Layer, Linear
 
 __all__ = [
@@ -309,6 +310,26 @@ class NormFreeNetwork(nn.Module):
             self.head_conv = conv(channels, design.head_channels, kernel_size=1)
             channels = design.head_channels
         self.classifier = Linear(channels, num_classes, std=_CLASSIFIER_STD)
+
+    @classmethod
+    def configured(
+        cls,
+        design: NormFreeDesign,
+        config: ModelConfig,
+        *,
+        image_shape: tuple[int, int, int],
+        num_classes: int,
+    ) -> Self:
+        """Returns a network of a design with all that is configured beside it."""
+        return cls(
+            design,
+            in_channels=image_shape[0],
+            num_classes=num_classes,
+            skip_gain_init=config.skip_gain_init,
+            stochastic_depth=config.stochastic_depth,
+            stride_padding=config.stride_padding,
+            compute_dtype=getattr(torch, config.compute_dtype),
+        )
 
     def _stem(
         self, channels: int, conv: Callable[..., Conv2d]
