@@ -134,27 +134,14 @@ class _InputGrad(Function):
     def forward(
         grad_y: Tensor, kernel: Tensor, size: torch.Size, geometry: ConvGeometry
     ) -> Tensor:
-        _, stride, padding, groups = geometry
-        shape = (grad_y.shape[0], kernel.shape[1] * groups, *size)
+        shape = (grad_y.shape[0], kernel.shape[1] * geometry.groups, *size)
         like_x = torch.empty(
             shape,
             device=grad_y.device,
             dtype=grad_y.dtype,
             memory_format=torch.channels_last,
         )
-        grad_x: Tensor = torch.ops.aten.convolution_backward(
-            grad_y,
-            like_x,
-            kernel,
-            None,
-            [stride, stride],
-            [padding, padding],
-            [1, 1],
-            False,
-            [0, 0],
-            groups,
-            [True, False, False],
-        )[0]
+        grad_x, _ = _ordinary_grads(grad_y, like_x, kernel, geometry, of_images=True)
         return grad_x
 
     @staticmethod
@@ -172,7 +159,7 @@ class _InputGrad(Function):
 
 
 class _WeightGrad(Function):
-    """Backward to the parameters: of one example, or of all with the vmap rule."""
+    """Backward to the parameters: of all images, or of each example under vmap."""
 
     @staticmethod
     def forward(
@@ -181,8 +168,15 @@ class _WeightGrad(Function):
         standardization: Standardization | None,
         geometry: ConvGeometry,
     ) -> tuple[Tensor, Tensor]:
-        grads = _per_sample(x[None], grad_y[None], standardization, geometry)
-        return grads[0][0], grads[1][0]
+        # Images that are summed anyway: the kernel would give them to few programs.
+        size = geometry.kernel_size
+        shape = (grad_y.shape[1], x.shape[1] // geometry.groups, size, size)
+        kernel = torch.empty(shape, device=x.device, dtype=x.dtype)
+        _, grad = _ordinary_grads(grad_y, x, kernel, geometry, of_images=False)
+        grad = grad.permute(0, 2, 3, 1).contiguous()
+        grad = grad.to(torch.promote_types(x.dtype, torch.float32))
+        grads, of_gain = _of_parameters(grad[None], standardization)
+        return grads[0], of_gain[0]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -190,23 +184,42 @@ class _WeightGrad(Function):
 
     @staticmethod
     def vmap(
-        info: Any, in_dims: tuple[Any, ...], x: Tensor, grad_y: Tensor, *rest: Any
+        info: Any,
+        in_dims: tuple[Any, ...],
+        x: Tensor,
+        grad_y: Tensor,
+        standardization: Standardization | None,
+        geometry: ConvGeometry,
     ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
         x, grad_y = (
             fold(one, dim, info.batch_size).unflatten(0, (info.batch_size, -1))
             for one, dim in ((x, in_dims[0]), (grad_y, in_dims[1]))
         )
-        return _per_sample(x, grad_y, *rest), (0, 0)
+        grads = conv_weight_grad(x, grad_y, geometry)
+        return _of_parameters(grads, standardization), (0, 0)
 
 
-def _per_sample(
-    x: Tensor,
-    grad_y: Tensor,
-    standardization: Standardization | None,
-    geometry: ConvGeometry,
+def _of_parameters(
+    grads: Tensor, standardization: Standardization | None
 ) -> tuple[Tensor, Tensor]:
-    """Returns (M, ...) gradients of weights and gain; of the latter none if none."""
-    weight_grads = conv_weight_grad(x, grad_y, geometry)
+    """Returns (M, ...) gradients of weights and gain from those of the weights used."""
     if standardization is None:
-        return weight_grads, weight_grads.new_empty(len(x))
-    return weight_grads, unstandardize_(weight_grads, standardization)
+        return grads, grads.new_empty(len(grads))
+    return grads, unstandardize_(grads, standardization)
+
+
+def _ordinary_grads(
+    grad_y: Tensor,
+    x: Tensor,
+    kernel: Tensor,
+    geometry: ConvGeometry,
+    *,
+    of_images: bool,
+) -> tuple[Tensor, Tensor]:
+    """Returns the gradient of the images, or else that of the kernel."""
+    _, stride, padding, groups = geometry
+    grads: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.convolution_backward(
+        *(grad_y, x, kernel, None, [stride, stride], [padding, padding]),
+        *([1, 1], False, [0, 0], groups, [of_images, not of_images, False]),
+    )
+    return grads[0], grads[1]
