@@ -138,7 +138,7 @@ def assemble(
         load_views=_loader(config, plan, splits, streams, model, cache, ranks.share),
         grad_fn=build_gradient_engine(config, plan, model),
         secure_noise=_secure_noise(config, plan, state.params),
-        unaccounted_step=_unaccounted_step(config, splits, streams, model),
+        unaccounted_step=_unaccounted_step(config, plan, splits, streams, model),
     )
     return run, state, plan
 
@@ -256,7 +256,11 @@ def _sampler(plan: Plan, splits: DataSplits, streams: RandomStreams) -> PoissonS
 
 
 def _unaccounted_step(
-    config: Config, splits: DataSplits, streams: RandomStreams, model: nn.Module
+    config: Config,
+    plan: Plan,
+    splits: DataSplits,
+    streams: RandomStreams,
+    model: nn.Module,
 ) -> NonPrivateStep | None:
     """Returns the step of a run without privacy, None for every other."""
     if config.privacy.enabled:
@@ -265,7 +269,9 @@ def _unaccounted_step(
     num_rows = len(splits.train)
     return NonPrivateStep(
         sampler=ShuffledSampler(num_rows=num_rows, batch_size=size, streams=streams),
-        grad_fn=SummedGrad(loss_of(config, model)),
+        grad_fn=SummedGrad(
+            loss_of(config, model), execution=execution_of(config, plan)
+        ),
     )
 
 

@@ -67,10 +67,8 @@ def execution_of(config: Config, plan: Plan) -> Execution:
     """Returns how passes run, which `auto` leaves to the device."""
     on_gpu = plan.device.type == "cuda"
     execution = config.runtime.execution
-    if not config.privacy.enabled:
-        if execution in ("auto", "eager"):
-            return "eager"
-        rule = "a run without privacy takes its passes eagerly"
+    if execution == "compile" and not config.privacy.enabled:
+        rule = "a run without privacy records its passes or takes them eagerly"
         raise ConfigError(fault("runtime.execution", execution, rule, "take auto"))
     if execution == "cuda_graph" and not on_gpu:
         rule = f"needs a CUDA device, and the run is on {plan.device}"

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.func import vmap
 
-from dpsgd.clipping import LossFn, PassStatistics
+from dpsgd.clipping import Execution, LossFn, PassStatistics, RecordedPass
 from dpsgd.errors import ConfigError, fault
 from dpsgd.optim import update_ema_
 from dpsgd.rng import RandomStreams
@@ -70,10 +70,12 @@ class SummedGrad:
 
     Args:
         loss_fn: `loss_fn(params, *example)`, the scalar loss of one example.
+        execution: As for `RecordedPass`; speed only.
     """
 
-    def __init__(self, loss_fn: LossFn) -> None:
+    def __init__(self, loss_fn: LossFn, *, execution: Execution = "eager") -> None:
         self._loss_fn = loss_fn
+        self._run = RecordedPass(self._pass, execution)
 
     def accumulate(
         self, total: Params, params: Params, *batch: Tensor, mask: Tensor
@@ -89,11 +91,19 @@ class SummedGrad:
         Returns:
             Losses; no norms, because no example's gradient is looked at.
         """
+        return self._run(total, params, *batch, mask)
+
+    def _pass(
+        self, total: Params, params: Params, *batch_and_mask: Tensor
+    ) -> PassStatistics:
+        """Takes the pass, operator by operator."""
+        *batch, mask = batch_and_mask
         leaves = {name: leaf.detach().requires_grad_() for name, leaf in params.items()}
         in_dims = (None, *(0 for _ in batch))
-        losses = vmap(self._loss_fn, in_dims)(leaves, *batch)
-        losses = torch.where(mask, losses, 0.0)
-        grads = torch.autograd.grad(losses.sum(), list(leaves.values()))
+        with torch.enable_grad():
+            losses = vmap(self._loss_fn, in_dims)(leaves, *batch)
+            losses = torch.where(mask, losses, 0.0)
+            grads = torch.autograd.grad(losses.sum(), list(leaves.values()))
         torch._foreach_add_([total[name] for name in leaves], list(grads))
         losses = losses.detach().float()
         none = losses.new_zeros(0)

@@ -49,6 +49,15 @@ def test_the_ghost_engine_is_not_compiled() -> None:
         chosen(runtime__engine="ghost", runtime__execution="compile")
 
 
+def test_a_run_without_privacy_is_recorded_and_never_compiled() -> None:
+    public = {"privacy__enabled": False, "privacy__noise_multiplier": None}
+    public["privacy__delta"] = None
+
+    assert chosen(**public)[1] == "cuda_graph"
+    with pytest.raises(ConfigError, match=r"runtime\.execution=compile: .*records"):
+        chosen(runtime__execution="compile", **public)
+
+
 def test_a_run_learns_the_same_with_either_engine(tmp_path: Path) -> None:
     params = []
     for engine in ("vmap", "ghost"):

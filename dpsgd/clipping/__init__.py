@@ -9,7 +9,7 @@ from dpsgd.clipping.base import (
     PassStatistics,
     clip_factors,
 )
-from dpsgd.clipping.execution import Execution, RecordedClippedGrad
+from dpsgd.clipping.execution import Execution, RecordedClippedGrad, RecordedPass
 from dpsgd.clipping.ghost import GhostClippedGrad
 from dpsgd.clipping.memory import MicrobatchMemory, measure_microbatch
 from dpsgd.clipping.vmap import (
@@ -28,6 +28,7 @@ __all__ = [
     "LossFn",
     "MicrobatchMemory",
     "PassStatistics",
+    "RecordedPass",
     "clip_factors",
     "clipped_grad",
     "clipping_slack",

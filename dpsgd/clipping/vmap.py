@@ -137,7 +137,7 @@ class VmapClippedGrad(RecordedClippedGrad):
                 grads, norms, losses = self._compiled(self.loss_fn, params, *batch)
                 return _StoredGrads(grads, norms), losses
             except TorchDynamoException as error:
-                self._go_on_eagerly(error)
+                self._run.go_on_eagerly(error)
         grads, norms, losses = _gradients_and_norms(self.loss_fn, params, *batch)
         return _StoredGrads(grads, norms), losses
 

@@ -137,7 +137,7 @@ def test_a_recording_that_fails_is_told_and_its_pass_is_added_once(
 
     params, x, y = case(4, "cpu")
     engine = clipped_grad(loss_fn, clipping_norm=0.5, execution="cuda_graph")
-    monkeypatch.setattr(engine, "_recorded", fail)
+    monkeypatch.setattr(engine._run, "_recorded", fail)
     mask = torch.ones(4, dtype=torch.bool)
     sums, expected = zeros_like(params), zeros_like(params)
     with pytest.warns(UserWarning, match=r"runtime\.execution=cuda_graph: failed"):
