@@ -98,6 +98,9 @@ class _Launch:
         most = min(most, 256 // x.element_size())
         self._block_o = _power_of_two(out, most=most)
         self._block_f = _power_of_two(columns, most=most)
+        # A gathered pixel has an address too: four warps spill at 64 by 128 elements.
+        most_elements = 4096 if self._gathers else 8192
+        self._is_wide = self._block_o * self._block_f > most_elements
         self._num_columns = triton.cdiv(columns, self._block_f)
         self._num_outs = groups * triton.cdiv(out, self._block_o)
         self.num_parts = taps * self._num_columns
@@ -129,7 +132,7 @@ class _Launch:
             GATHERS=self._gathers,
             BLOCK=(positions // width, width, self._block_o, self._block_f),
             MODE=mode,
-            num_warps=8 if mode == _SUM or self._block_o * self._block_f > 8192 else 4,
+            num_warps=8 if mode == _SUM or self._is_wide else 4,
             num_stages=3,
         )
 

@@ -149,7 +149,7 @@ def main() -> None:
     # The widest tiles, through descriptors; a stem, pixel by pixel; sizes of 1, which
     # Triton makes constants of the program; and float32, a step of two pixels.
     conv_weight_grads(2, 4, (128, 128), 16, ConvGeometry(3, 1, 1))
-    conv_weight_grads(2, 4, (3, 16), 32, ConvGeometry(3, 1, 1))
+    conv_weight_grads(2, 4, (3, 64), 64, ConvGeometry(7, 2, 3))
     conv_weight_grads(1, 1, (8, 8), 1, ConvGeometry(3, 1, 1))
     conv_weight_grads(2, 3, (16, 32), 8, ConvGeometry(1, 2), FLOAT)
     norms(64, 32, is_full=True)
