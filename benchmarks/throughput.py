@@ -6,6 +6,9 @@ A pass is forward, backward and, with privacy, the clipped sum of one microbatch
     pip install opacus
     python benchmarks/throughput.py --save benchmarks/results/throughput_NAME.json \
         --plot benchmarks/results/throughput_NAME.png
+    python benchmarks/throughput.py --work "nf-resnet-50 K=4" "nfnet-f3 K=4"
+
+The large networks are measured only when they are asked for.
 """
 
 import argparse
@@ -43,15 +46,60 @@ from dpsgd.trees import zeros_like
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import opacus_passes
 
-IMAGE_SHAPE, NUM_CLASSES = (3, 32, 32), 10
-# Multiply-adds of one forward pass, of which training takes three, at 2 FLOP each.
-GIGA_MACS = {16: 0.393, 40: 1.299}
-WORK = {  # name: (depth, examples, views)
-    "wrn16-4 K=16": (16, 128, 16),
-    "wrn16-4 K=4": (16, 256, 4),
-    "wrn16-4 K=1": (16, 512, 1),
-    "wrn40-4 K=16": (40, 64, 16),
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """One microbatch of one network.
+
+    Attributes:
+        model: Settings of the network, but for its type.
+        examples: M.
+        views: K.
+        giga_macs: Multiply-adds of one view's forward pass, of which training takes
+            three, at 2 FLOP each.
+        side: Of the images.
+        classes: Of the classifier.
+    """
+
+    model: dict[str, Any]
+    examples: int
+    views: int
+    giga_macs: float
+    side: int = 32
+    classes: int = 10
+
+    def examples_on(self, device: torch.device) -> int:
+        """Returns M, or few examples on the CPU."""
+        return self.examples if device.type == "cuda" else max(1, 16 // self.views)
+
+    @property
+    def is_large(self) -> bool:
+        """Whether it takes a GPU, and only some of the paths."""
+        return self.side > 32
+
+
+WRN_16, WRN_40 = ({"depth": depth, "width": 4} for depth in (16, 40))
+NORM_FREE = {"normalization": "none", "skip_gain_init": 1.0}
+NF_RESNET_50 = {"name": "nf_resnet", "depth": 50, **NORM_FREE}
+NFNET_F3 = {"name": "nfnet", "variant": "F3", **NORM_FREE}
+WORK = {
+    "wrn16-4 K=16": Work(model=WRN_16, examples=128, views=16, giga_macs=0.393),
+    "wrn16-4 K=4": Work(model=WRN_16, examples=256, views=4, giga_macs=0.393),
+    "wrn16-4 K=1": Work(model=WRN_16, examples=512, views=1, giga_macs=0.393),
+    "wrn40-4 K=16": Work(model=WRN_40, examples=64, views=16, giga_macs=1.299),
+    "nf-resnet-50 K=4": Work(
+        model=NF_RESNET_50,
+        examples=64,
+        views=4,
+        giga_macs=4.089,
+        side=224,
+        classes=1000,
+    ),
+    "nfnet-f3 K=4": Work(
+        model=NFNET_F3, examples=8, views=4, giga_macs=67.94, side=320, classes=1000
+    ),
 }
+SMALL = [name for name, work in WORK.items() if not work.is_large]
 OPERATORS = ("fused_norm", "standardized_conv")
 DENSE_BF16_TFLOPS = 989  # of an H100 or H200 SXM, by the vendor's data sheet
 WARM_UPS, PASSES = 3, 20
@@ -105,19 +153,20 @@ def non_private(*, compiled: bool) -> Callable[..., Callable[[], Any]]:
     return build
 
 
-def network(depth: int, dtype: str) -> nn.Module:
-    """Returns our Wide-ResNet."""
-    config = ModelConfig(depth=depth, width=4, compute_dtype=dtype)
-    model = build_model(config, image_shape=IMAGE_SHAPE, num_classes=NUM_CLASSES)
+def network(work: Work, dtype: str) -> nn.Module:
+    """Returns our network."""
+    config = ModelConfig(**work.model, compute_dtype=dtype)
+    shape = (3, work.side, work.side)
+    model = build_model(config, image_shape=shape, num_classes=work.classes)
     initialize(model, RandomStreams.from_seed(0).generator("init"))
     return model
 
 
-def plain_network(depth: int, dtype: str) -> nn.Module:
-    """Returns the one that Opacus can take."""
+def plain_network(work: Work, dtype: str) -> nn.Module:
+    """Returns the Wide-ResNet that Opacus can take."""
     del dtype  # float32, of which autocast makes what it is
     return opacus_passes.plain_wide_resnet(
-        depth, 4, in_channels=IMAGE_SHAPE[0], num_classes=NUM_CLASSES
+        work.model["depth"], 4, in_channels=3, num_classes=work.classes
     )
 
 
@@ -127,15 +176,21 @@ class Contender:
 
     Attributes:
         build: Returns a pass of a network, images (M, K, ...) and labels (M,).
-        network: Builds the network, by depth and type.
+        network: Builds the network of a work, in a type.
         uses_our_operators: Whether layers use our kernels.
         views: The only number of views that it can take; None takes any.
     """
 
     build: Callable[..., Callable[[], Any]]
-    network: Callable[[int, str], nn.Module] = network
+    network: Callable[[Work, str], nn.Module] = network
     uses_our_operators: bool = False
     views: int | None = None
+
+    def takes(self, work: Work) -> bool:
+        """Returns whether it is measured on a work."""
+        if work.is_large and self.network is plain_network:
+            return False
+        return self.views in (None, work.views)
 
 
 def _ours(execution: str, engine: str) -> Contender:
@@ -173,19 +228,18 @@ def seconds(run: Callable[[], Any], device: torch.device) -> float:
     return statistics.median(times)
 
 
-def measure(work: str, path: str, device: torch.device) -> dict[str, Any]:
+def measure(name: str, path: str, device: torch.device) -> dict[str, Any]:
     """Measures one path on one work, in bfloat16 on CUDA and float32 on the CPU."""
-    depth, num_examples, num_views = WORK[work]
-    if device.type == "cpu":
-        num_examples = max(1, 16 // num_views)
+    work = WORK[name]
+    num_examples, num_views = work.examples_on(device), work.views
     dtype = "bfloat16" if device.type == "cuda" else "float32"
     contender = PATHS[path]
-    model = contender.network(depth, dtype).to(device)
-    shape = (num_examples, num_views, *IMAGE_SHAPE)
+    model = contender.network(work, dtype).to(device)
+    shape = (num_examples, num_views, 3, work.side, work.side)
     images = torch.randn(shape, device=device, dtype=getattr(torch, dtype))
     images = images.flatten(0, 1).contiguous(memory_format=torch.channels_last)
     images = images.unflatten(0, shape[:2])  # as the loader lays them out
-    labels = torch.randint(NUM_CLASSES, (num_examples,), device=device)
+    labels = torch.randint(work.classes, (num_examples,), device=device)
     torch.compiler.reset()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -197,11 +251,11 @@ def measure(work: str, path: str, device: torch.device) -> dict[str, Any]:
     except torch.OutOfMemoryError:
         taken = math.inf  # shown as no views a second
     speed = num_examples * num_views / taken
-    tflops = 6e-3 * GIGA_MACS[depth] * speed
+    tflops = 6e-3 * work.giga_macs * speed
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
     peak_tflops = DENSE_BF16_TFLOPS if device.type == "cuda" else None
     return {
-        "work": work,
+        "work": name,
         "path": path,
         "examples": num_examples,
         "views": num_views,
@@ -273,7 +327,7 @@ def draw(rows: list[dict[str, Any]], facts: dict[str, Any], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default=None)
-    parser.add_argument("--work", nargs="*", choices=list(WORK), default=list(WORK))
+    parser.add_argument("--work", nargs="*", choices=list(WORK), default=SMALL)
     parser.add_argument("--paths", nargs="*", choices=list(PATHS), default=None)
     parser.add_argument("--save", type=Path)
     parser.add_argument("--plot", type=Path)
@@ -287,7 +341,7 @@ def main() -> None:
     rows = []
     for work in arguments.work:
         for path in paths:
-            if PATHS[path].views in (None, WORK[work][2]):
+            if PATHS[path].takes(WORK[work]):
                 rows.append(measure(work, path, device))
                 print(to_json(rows[-1]), flush=True)
     facts = environment()

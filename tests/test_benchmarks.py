@@ -7,7 +7,9 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
+import torch
 from small_runs import ROOT, benchmark_of
+from torch.utils.flop_counter import FlopCounterMode
 
 from dpsgd.config import load_config
 
@@ -97,3 +99,51 @@ def test_both_loaders_make_as_many_views_of_the_same_images(
     theirs = loading.ViewsOfFolder(images, augmentation, 2)
     assert len(theirs) == 5
     assert theirs[0][0].shape == (2, 3, loading.VIEW, loading.VIEW)
+
+
+def test_passes_are_timed_alone_and_fed_from_a_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    feeding = benchmark_of("feeding")
+    small = feeding.Work(
+        model={"depth": 10, "width": 1},
+        examples=1,
+        views=4,
+        giga_macs=0.1,
+    )
+    monkeypatch.setitem(feeding.WORK, "small", small)
+    images = tmp_path / "images"
+    feeding.write_folder(images, feeding.photographs(None, 5))
+    for store in ("store", "test"):
+        feeding.prepare(
+            feeding.open_source(str(images)),
+            tmp_path / store,
+            resizing=feeding.Resizing(),
+        )
+
+    cpu = torch.device("cpu")
+    row = feeding.measure(tmp_path, "small", batches=2, workers=0, device=cpu)
+    assert row["examples"] == 2 * row["microbatch_size"] == 2 * small.examples_on(cpu)
+    for name in ("loads", "passes", "both"):
+        images_per_second = row[f"{name}_images_per_second"]
+        assert row[f"{name}_views_per_second"] == pytest.approx(4 * images_per_second)
+    # What is done one after the other on a CPU takes longer than its half.
+    assert 0 < row["busy_share"] < 1
+
+
+def test_the_large_networks_of_the_benchmark_have_the_work_that_is_told() -> None:
+    throughput = benchmark_of("throughput")
+
+    for name, work in throughput.WORK.items():
+        with torch.device("meta"):
+            model = throughput.build_model(
+                throughput.ModelConfig(**work.model),
+                image_shape=(3, work.side, work.side),
+                num_classes=work.classes,
+            )
+            image = torch.empty(1, 3, work.side, work.side)
+        with FlopCounterMode(display=False) as counter:
+            model(image)
+        giga_macs = counter.get_total_flops() / 2e9
+        assert giga_macs == pytest.approx(work.giga_macs, rel=2e-3), name  # 3 digits
+    assert not set(throughput.SMALL) & {"nf-resnet-50 K=4", "nfnet-f3 K=4"}
