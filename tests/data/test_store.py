@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +13,7 @@ import numpy as np
 import pytest
 from made_up_images import CLASSES, damage, make_store, write_images
 from PIL import Image
-from small_runs import write_parquet
+from small_runs import ROOT, write_parquet
 
 from dpsgd.data import Resizing, Store, open_source, prepare
 from dpsgd.data.store import StoreWriter, layout, preparing, writing
@@ -67,6 +69,26 @@ def test_a_store_of_parquet_files_holds_their_images(tmp_path: Path) -> None:
         "a.parquet, row 2",
         *(f"b.parquet, row {row}" for row in range(4)),
     ]
+
+
+def test_the_example_writes_class_folders_of_the_same_images(tmp_path: Path) -> None:
+    source, folder = (
+        write_parquet(tmp_path / "a.parquet", owner=["x"] * 7),
+        tmp_path / "b",
+    )
+    command = [sys.executable, ROOT / "examples" / "image_folder.py", source, folder]
+    first = [*command, "--classes", "2"]
+
+    assert subprocess.run(first, check=False).returncode == 0
+    packed, whole = pack(folder, tmp_path / "store"), open_source(source)
+    assert packed.manifest.class_names == CLASSES[:2]
+    assert packed.labels.tolist() == [0, 0, 0, 1, 1]
+    images = [image.data for image in whole.encoded(0)]
+    expected = [images[row] for row in (0, 3, 6, 1, 4)]
+    assert [packed.read(index) for index in range(5)] == expected
+    again = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert again.returncode == 2
+    assert "is there already" in again.stderr
 
 
 def test_shards_are_opened_when_one_is_full(
