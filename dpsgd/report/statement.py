@@ -204,9 +204,10 @@ def _spent(run: RunRecord) -> str:
 
 def _meaning(run: RunRecord, epsilon: float) -> str:
     """Returns the definition, applied to this run's figures."""
-    adjacency = run.text("adjacency") or NOT_RECORDED
-    general = f"Take any two neighbouring training sets ({adjacency})."
-    _, pair, _ = _UNITS.get((adjacency, run.unit), ("", general, ""))
+    adjacency = run.text("adjacency")
+    kind = adjacency or f"of which kind is {NOT_RECORDED}"
+    general = f"Take any two neighbouring training sets ({kind})."
+    _, pair, _ = _UNITS.get((adjacency or "", run.unit), ("", general, ""))
     factor = math.exp(min(epsilon, 700.0))
     times = f"{math.ceil(factor):,}" if factor < 1e6 else f"{factor:.1e}"
     if factor < 100:
@@ -222,12 +223,11 @@ def _meaning(run: RunRecord, epsilon: float) -> str:
 
 def _facts(run: RunRecord, standing: Standing) -> tuple[tuple[str, str], ...]:
     """Returns how the guarantee is reached, in words."""
-    units = f"{run.unit}s"
     rows = () if standing == "none" else _guarantee_facts(run, standing)
     rows += _step_facts(run) if run.has_mechanism else _unprotected_step_facts(run)
     rows += (
         ("Steps", f"{count(run.step)} of {count(run.planned_steps)}"),
-        ("Training set", f"{count(run.number(f'num_{units}'))} {units}, as declared"),
+        ("Training set", _training_set(run)),
     )
     if standing == "private":
         rows += (
@@ -235,6 +235,14 @@ def _facts(run: RunRecord, standing: Standing) -> tuple[tuple[str, str], ...]:
             ("Released", "model.safetensors, and all that is computed from it"),
         )
     return rows
+
+
+def _training_set(run: RunRecord) -> str:
+    """Returns the size of the training set in words."""
+    size = run.number(f"num_{run.unit}s")
+    if size is None:
+        return NOT_RECORDED
+    return f"{count(size)} {run.unit}s, as declared"
 
 
 def _step_facts(run: RunRecord) -> tuple[tuple[str, str], ...]:
@@ -283,7 +291,11 @@ def _guarantee_facts(run: RunRecord, standing: Standing) -> tuple[tuple[str, str
         planned = epsilon_in_words(run.planned_epsilon)
         epsilon = f"{planned} once finished (certified upper bound); {_spent(run)}"
     elif standing == "seeded":
-        epsilon = f"{epsilon}, only towards those who do not know the seed"
+        bound = run.epsilon if run.is_finished else run.planned_epsilon
+        epsilon = (
+            f"{epsilon_in_words(bound)} (certified upper bound), only towards those "
+            "who do not know the seed"
+        )
     return (
         ("Unit of privacy", unit),
         ("Neighbours", neighbours),
@@ -311,11 +323,16 @@ def _membership(run: RunRecord) -> str:
 
 def _mechanism(run: RunRecord) -> str:
     """Returns one step in words."""
+    multiplier = run.number("noise_multiplier")
+    noise = (
+        "whose multiplier is not recorded"
+        if multiplier is None
+        else f"of {significant(multiplier)} times the sensitivity"
+    )
     return (
         f"gradients clipped to L2 norm {significant(run.number('clipping_norm'))} per "
-        f"{run.unit} and summed; {run.noise} Gaussian noise of "
-        f"{significant(run.number('noise_multiplier'))} times the sensitivity; divided "
-        f"by the expected batch size {count(run.number('expected_batch_size'))}"
+        f"{run.unit} and summed; {run.noise} Gaussian noise {noise}; divided by the "
+        f"expected batch size {count(run.number('expected_batch_size'))}"
     )
 
 
@@ -326,6 +343,11 @@ def _not_covered(run: RunRecord) -> tuple[tuple[str, str], ...]:
             "Choosing settings on the private data",
             "every run on them spends its own epsilon, also those that are thrown away",
         ),
+        (
+            "Declared constants",
+            "the size of the training set, its classes, and the mean and deviation "
+            "that pixels are normalised by are taken as public",
+        ),
         ("The test set", "accuracies are exact: it is treated as public"),
         (
             "Times",
@@ -335,6 +357,14 @@ def _not_covered(run: RunRecord) -> tuple[tuple[str, str], ...]:
         _CORRELATED.get(run.unit, _CORRELATED["example"]),
         *_OF_NOISE.get(run.noise, _OF_NOISE["standard"]),
     ]
+    if run.setting("model", "init_from") is not None:
+        rows.insert(
+            0,
+            (
+                "The weights it started from",
+                "the data that they were trained on count as public",
+            ),
+        )
     if run.num_unprotected:
         rows.append(
             (

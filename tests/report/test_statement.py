@@ -157,6 +157,10 @@ def test_a_seeded_run_is_not_called_private(tmp_path: Path) -> None:
     assert "train.seed=7" in stated.paragraphs[0]
     assert "do not know the seed" in dict(stated.facts)["Epsilon"]
     assert "Released" not in dict(stated.facts)
+    stopped = statement(
+        tmp_path / "stopped", settings={"train.seed": 7}, lines=[evaluation(2)]
+    )
+    assert dict(stopped.facts)["Epsilon"].startswith("2.9999 (certified upper bound),")
 
 
 def test_an_unfinished_run_states_what_it_will_be_and_has_spent(tmp_path: Path) -> None:
@@ -175,6 +179,28 @@ def test_what_was_not_recorded_is_not_made_up(tmp_path: Path) -> None:
     assert stated.standing == "unknown"
     assert "No guarantee is recorded" in stated.headline
     assert "exp(" not in text_of(stated)
+
+
+def test_a_sentence_whose_number_is_missing_says_so(tmp_path: Path) -> None:
+    plan = {"epsilon": 2.9999, "delta": 1e-5}
+    settings = {"privacy.noise_multiplier": None, "privacy.target_epsilon": 3.0}
+    lines = [evaluation(2)]
+    stated = statement(tmp_path / "run", settings=settings, plan=plan, lines=lines)
+    facts = dict(stated.facts)
+
+    assert "training sets (of which kind is not recorded)." in stated.paragraphs[1]
+    assert "noise whose multiplier is not recorded; divided by" in facts["Mechanism"]
+    assert facts["Training set"] == "not recorded"
+
+
+def test_data_of_earlier_training_are_not_covered(tmp_path: Path) -> None:
+    settings = {"model.init_from": "weights.npz"}
+    tuned = statement(tmp_path / "tuned", settings=settings, report=result())
+    fresh = statement(tmp_path / "fresh", report=result())
+
+    why = dict(tuned.not_covered)["The weights it started from"]
+    assert why == "the data that they were trained on count as public"
+    assert "The weights it started from" not in dict(fresh.not_covered)
 
 
 def test_an_adjacency_of_another_kind_is_named_as_it_is(tmp_path: Path) -> None:
