@@ -157,7 +157,7 @@ def epsilon_figure(runs: Sequence[RunRecord]) -> "Figure | None":
         if len(runs) == 1 and math.isfinite(runs[0].planned_epsilon or math.inf):
             _draw_limit(axes, runs[0])
         _finish(axes, curves, has_legend=len(runs) > 1)
-        axes.set_ylim(bottom=0)
+        _start_at_zero(axes)
         return _figure(axes)
 
 
@@ -253,7 +253,7 @@ def _over_steps(
             _draw(axes, curve, scale=scale)
         _finish(axes, curves, has_legend=len(curves) > 1)
         if from_zero:
-            axes.set_ylim(bottom=0)
+            _start_at_zero(axes)
         if separates:
             axes.yaxis.set_major_formatter("{x:,.0f}")
         return _figure(axes)
@@ -300,6 +300,13 @@ def _finish(axes: "Axes", curves: Sequence[Curve], *, has_legend: bool) -> None:
     axes.set_xlim(left=0)
     if has_legend:
         _legend(axes, [curve.label for curve in curves])
+
+
+def _start_at_zero(axes: "Axes") -> None:
+    """Starts the vertical axis at 0, with room above for the highest point."""
+    axes.update_datalim([(axes.dataLim.x0, 0.0)])
+    axes.autoscale_view(scalex=False)
+    axes.set_ylim(bottom=0)
 
 
 def _legend(axes: "Axes", labels: Sequence[str]) -> None:

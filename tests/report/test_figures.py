@@ -103,6 +103,18 @@ def test_every_figure_of_a_run_says_what_it_shows(run: RunRecord) -> None:
     assert "epsilon (upper bound)" in texts(utility_figure([run]))
 
 
+def test_an_axis_that_starts_at_0_has_room_above_its_highest_point(
+    tmp_path: Path,
+) -> None:
+    lines = [evaluation(2, views_per_second=100.0), evaluation(4, views_per_second=99)]
+    figure = throughput_figure([read_run(write_run(tmp_path / "run", lines=lines))])
+    assert figure is not None
+    bottom, top = figure.axes[0].get_ylim()
+
+    assert bottom == 0
+    assert 103 < top < 110
+
+
 def test_what_is_not_there_is_not_drawn(tmp_path: Path) -> None:
     bare = read_run(write_run(tmp_path / "bare", lines=[]))
     line = evaluation(1, epsilon=None, test_loss=None, test_loss_ema=None)
