@@ -169,8 +169,8 @@ def _cost_table(runs: Sequence[RunRecord]) -> Markup:
     rows = [
         (
             run.name,
-            count(_rounded(run.number("views_per_second"))),
-            duration(run.number("train_seconds")),
+            count(_rounded(run.views_per_second)),
+            duration(run.train_seconds),
             duration(run.number("wall_time_seconds")),
             size(run.number("peak_memory_bytes")),
             run.text("device") or NOT_RECORDED,
@@ -181,14 +181,12 @@ def _cost_table(runs: Sequence[RunRecord]) -> Markup:
 
 
 def _differing_settings(runs: Sequence[RunRecord]) -> Markup:
-    """Returns the settings that are not the same in all runs."""
+    """Returns the settings that are not the same in all runs that record them."""
     flat = [_flattened(run.settings) for run in runs]
-    keys = dict.fromkeys(key for one in flat for key in one)
-    rows = [
-        (key, *(setting_in_words(one.get(key)) for one in flat))
-        for key in keys
-        if len({setting_in_words(one.get(key)) for one in flat}) > 1
-    ]
+    rows = []
+    for key in dict.fromkeys(key for one in flat for key in one):
+        if len({one[key] for one in flat if key in one}) > 1:
+            rows.append((key, *(one.get(key, NOT_RECORDED) for one in flat)))
     if not rows:
         return element("p", "Nothing: all settings are the same.", class_="muted")
     headings = ("setting", *(run.name for run in runs))
@@ -249,10 +247,10 @@ def _rounded(value: float | None) -> float | None:
     return None if value is None else round(value)
 
 
-def _flattened(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Returns settings by dotted name."""
+def _flattened(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Returns settings in words, by dotted name."""
     return {
-        f"{section}.{key}": value
+        f"{section}.{key}": setting_in_words(value)
         for section, values in settings.items()
         for key, value in (values.items() if isinstance(values, Mapping) else ())
     }

@@ -1,6 +1,7 @@
 """The report of one run: what it guarantees, what it reached, what it cost."""
 
 import itertools
+import math
 
 from dpsgd.report.figures import (
     accuracy_figure,
@@ -91,9 +92,7 @@ def outcome_in_words(run: RunRecord) -> str:
 
 def cost_tiles(run: RunRecord) -> Markup:
     """Returns speed, times, memory and hardware."""
-    last = run.evaluations[-1] if run.evaluations else None
-    seconds = run.number("train_seconds") or (last.train_seconds if last else None)
-    speed = run.number("views_per_second") or (last.views_per_second if last else None)
+    seconds, speed = run.train_seconds, run.views_per_second
     each = seconds / run.step if seconds is not None and run.step else None
     on_gpu = (run.text("device") or "cpu") != "cpu"
     memory = "of the GPU" if on_gpu else "of the process"
@@ -173,7 +172,7 @@ def _outcomes_table(comparison: Comparison) -> Markup:
         for one in comparison.ranked
         for interval in (one.interval(one.accuracy),)
     ]
-    headings = (comparison.kind, "accuracy", "95 % interval", "test examples")
+    headings = (comparison.kind, "accuracy", "95 % interval", "examples")
     return table(headings, rows, label=f"Accuracy by {comparison.kind}")
 
 
@@ -235,8 +234,10 @@ def _interval(run: RunRecord, accuracy: float | None) -> str | None:
     return f"95 % interval {interval_in_words(wilson_interval(accuracy, total))}"
 
 
-def _delta(run: RunRecord) -> str:
-    """Returns delta, and what epsilon is."""
+def _delta(run: RunRecord) -> str | None:
+    """Returns delta, and what epsilon is; nothing beside an infinite one."""
+    if run.epsilon == math.inf:
+        return None
     return f"upper bound; delta {significant(run.number('delta'))}"
 
 

@@ -149,6 +149,18 @@ class RunRecord:
         """Whether any evaluation measured averaged weights."""
         return any(line.accuracy_ema is not None for line in self.evaluations)
 
+    @property
+    def train_seconds(self) -> float | None:
+        """Time spent in steps, as far as recorded, or None."""
+        last = self.evaluations[-1].train_seconds if self.evaluations else None
+        return self.number("train_seconds") or last
+
+    @property
+    def views_per_second(self) -> float | None:
+        """Throughput, as far as recorded, or None."""
+        last = self.evaluations[-1].views_per_second if self.evaluations else None
+        return self.number("views_per_second") or last
+
     @cached_property
     def by_class(self) -> Comparison | None:
         """Outcomes by class of the weights that report.json measures, or None."""

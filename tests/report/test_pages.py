@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from made_up_runs import PARQUET, evaluation, result, write_run
 
 from dpsgd.errors import ConfigError
@@ -211,7 +212,7 @@ def test_groups_of_the_test_set_have_a_section_of_their_own(tmp_path: Path) -> N
     assert outline(page.html).headings[4:6] == ["Classes", "Groups"]
     assert [one.name for one in page.drawn][-2:] == ["classes", "groups"]
     assert "Largest group gap 50.0 points between south and north" in words
-    assert "site accuracy 95 % interval test examples south 75.0 %" in words
+    assert "site accuracy 95 % interval examples south 75.0 %" in words
     other = read_run(write_run(tmp_path / "other", report=result()))
     both = comparison_report([run, other])
     assert words_of(both.html).count("Groups") == 1
@@ -278,6 +279,22 @@ def test_a_comparison_has_its_sections_and_every_run(
     assert "optimizer.momentum 0 0" not in words
     assert "Runs with a seed have no guarantee" in words
     assert {"accuracy", "utility"} <= {one.name for one in report.drawn}
+
+
+def test_a_comparison_tells_what_unfinished_and_older_runs_record(
+    run: RunRecord, tmp_path: Path
+) -> None:
+    older = write_run(tmp_path / "older", settings={"optimizer.learning_rate": 2})
+    config = yaml.safe_load((older / "config.yaml").read_text())
+    del config["optimizer"]["momentum"], config["optimizer"]["learning_rate"]
+    (older / "config.yaml").write_text(yaml.safe_dump(config))
+    third = write_run(tmp_path / "third", settings={"optimizer.learning_rate": 4})
+    runs = [run, read_run(older), read_run(third)]
+    words = words_of(comparison_report(runs).html)
+
+    assert "older 8 8 s not recorded not recorded cpu" in words
+    assert "optimizer.learning_rate 0.5 not recorded 4" in words
+    assert "optimizer.momentum 0 not recorded 0" not in words
 
 
 def test_runs_on_the_same_data_add_up_and_are_told_apart(tmp_path: Path) -> None:
