@@ -149,8 +149,14 @@ class NonPrivateStep:
         grads = run.layout.total(grads)
         torch._foreach_div_(list(grads.values()), float(len(batch)))
         state.optimizer.step(grads, step=state.step)
-        decay = run.config.ema.decay
-        if state.ema is not None and decay is not None:
-            update_ema_(state.ema, state.params, step=state.step, decay=decay)
+        average = run.config.ema
+        if state.ema is not None and average.decay is not None:
+            update_ema_(
+                state.ema,
+                state.params,
+                step=state.step,
+                decay=average.decay,
+                warmup=average.warmup,
+            )
         state.step += 1
         return passes

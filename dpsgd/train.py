@@ -227,6 +227,7 @@ def train_step(run: Run, state: TrainState) -> list[PassStatistics]:
         step=state.step,
         ema=state.ema,
         ema_decay=run.config.ema.decay,
+        ema_warmup=run.config.ema.warmup,
     )
     state.step += 1
     return passes

@@ -95,8 +95,9 @@ TWO_VIEWS = {
 }
 
 
-def test_train_step_is_algorithm_1_bit_for_bit(tmp_path: Path) -> None:
-    run, state, _ = start(tmp_path, TWO_VIEWS)
+@pytest.mark.parametrize("warmup", [10.0, 3.0])
+def test_train_step_is_algorithm_1_bit_for_bit(tmp_path: Path, warmup: float) -> None:
+    run, state, _ = start(tmp_path, {**TWO_VIEWS, "ema.warmup": warmup})
     config = run.config
     loss_fn = per_example_loss(network(config, run))
     grad_fn = clipped_grad(loss_fn, clipping_norm=0.7, rescale_to_unit_norm=True)
@@ -110,7 +111,7 @@ def test_train_step_is_algorithm_1_bit_for_bit(tmp_path: Path) -> None:
             # sigma = 1, and the sensitivity of the rescaled sum is 1
             add_gaussian_noise_(total[name], std=1.0, key=key, leaf=leaf)
             params[name] = params[name] - 0.5 * (total[name] / 16)
-            weight = 1 - min(0.9, (1 + step) / (10 + step))
+            weight = 1 - min(0.9, (1 + step) / (warmup + step))
             ema[name] = torch.lerp(ema[name], params[name], weight)
         train_step(run, state)
 

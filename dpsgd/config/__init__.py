@@ -8,18 +8,16 @@ from dpsgd.config.loader import (
     unknown_names,
     with_absolute_paths,
 )
+from dpsgd.config.rules import AugmentationName, NoiseName, PrivacyUnit
 from dpsgd.config.schema import (
-    AugmentationName,
     Config,
     DataConfig,
     EmaConfig,
     EvalConfig,
     FinetuneConfig,
     ModelConfig,
-    NoiseName,
     OptimizerConfig,
     PrivacyConfig,
-    PrivacyUnit,
     ReportConfig,
     RuntimeConfig,
     TrainConfig,

@@ -28,11 +28,11 @@ def faults_between_settings(config: Config) -> list[str]:
         rule, remedy = "only parquet files have columns", "remove it, or take parquet"
         column = config.data.group_column
         faults.append(fault("data.group_column", column, rule, remedy))
-    if config.optimizer.warmup_steps >= config.train.num_steps > 0:
-        rule = f"must be below train.num_steps ({config.train.num_steps})"
-        value = config.optimizer.warmup_steps
-        faults.append(fault("optimizer.warmup_steps", value, rule, "shorten it"))
-    faults += _store_faults(config) + _faults_without_weights(config)
+    faults += (
+        _schedule_faults(config)
+        + _store_faults(config)
+        + _faults_without_weights(config)
+    )
     return faults + _cache_faults(config)
 
 
@@ -116,6 +116,24 @@ def _unit_faults(config: Config) -> list[str]:
         for name, value, remedy in settings
         if value is None
     ]
+
+
+def _schedule_faults(config: Config) -> list[str]:
+    """Returns what does not fit the steps of the run, or means nothing."""
+    optimizer, num_steps = config.optimizer, config.train.num_steps
+    warmup, decay = optimizer.warmup_steps, optimizer.decay_steps
+    if warmup >= num_steps > 0:
+        rule = f"must be below train.num_steps ({num_steps})"
+        return [fault("optimizer.warmup_steps", warmup, rule, "shorten it")]
+    if decay is None:
+        return []
+    if optimizer.schedule == "constant":
+        rule = "means nothing with optimizer.schedule=constant"
+        return [fault("optimizer.decay_steps", decay, rule, "take linear or cosine")]
+    if decay > num_steps - warmup:
+        rule = f"must be at most the {num_steps - warmup} steps after the warm-up"
+        return [fault("optimizer.decay_steps", decay, rule, "shorten it")]
+    return []
 
 
 def _store_faults(config: Config) -> list[str]:

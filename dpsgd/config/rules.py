@@ -1,17 +1,21 @@
-"""Number types of the configuration: a Python type with the range it must lie in."""
+"""Types of settings: numbers with the range they must lie in, and names."""
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 __all__ = [
+    "AboveOne",
+    "AugmentationName",
     "Fraction",
+    "NoiseName",
     "NonNegative",
     "NonNegativeInt",
     "Norm",
     "Positive",
     "PositiveInt",
+    "PrivacyUnit",
     "Range",
     "UnitInterval",
 ]
@@ -26,6 +30,7 @@ class Range:
 
 
 _POSITIVE = Range("above 0 and finite", lambda value: 0 < value < math.inf)
+_ABOVE_ONE = Range("above 1 and finite", lambda value: 1 < value < math.inf)
 _NON_NEGATIVE = Range("at least 0 and finite", lambda value: 0 <= value < math.inf)
 _FRACTION = Range("in [0, 1)", lambda value: 0 <= value < 1)
 _UNIT_INTERVAL = Range("in [0, 1]", lambda value: 0 <= value <= 1)
@@ -35,9 +40,16 @@ _NORM = Range(
 )
 
 Positive = Annotated[float, _POSITIVE]
+AboveOne = Annotated[float, _ABOVE_ONE]
 NonNegative = Annotated[float, _NON_NEGATIVE]
 Fraction = Annotated[float, _FRACTION]
 UnitInterval = Annotated[float, _UNIT_INTERVAL]
 Norm = Annotated[float, _NORM]
 PositiveInt = Annotated[int, _POSITIVE]
 NonNegativeInt = Annotated[int, _NON_NEGATIVE]
+
+AugmentationName = Literal[
+    "none", "flip", "crop", "crop_flip", "scaled_crop_flip", "resized_crop_flip"
+]
+NoiseName = Literal["standard", "secure"]
+PrivacyUnit = Literal["example", "user"]

@@ -8,37 +8,32 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from dpsgd.config.rules import (
+    AboveOne,
+    AugmentationName,
     Fraction,
+    NoiseName,
     NonNegative,
     NonNegativeInt,
     Norm,
     Positive,
     PositiveInt,
+    PrivacyUnit,
     UnitInterval,
 )
 
 __all__ = [
-    "AugmentationName",
     "Config",
     "DataConfig",
     "EmaConfig",
     "EvalConfig",
     "FinetuneConfig",
     "ModelConfig",
-    "NoiseName",
     "OptimizerConfig",
     "PrivacyConfig",
-    "PrivacyUnit",
     "ReportConfig",
     "RuntimeConfig",
     "TrainConfig",
 ]
-
-AugmentationName = Literal[
-    "none", "flip", "crop", "crop_flip", "scaled_crop_flip", "resized_crop_flip"
-]
-NoiseName = Literal["standard", "secure"]
-PrivacyUnit = Literal["example", "user"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -263,8 +258,13 @@ class OptimizerConfig:
     weight_decay: NonNegative = 0.0
     """Decay, >= 0: added to the gradient by SGD, decoupled in AdamW."""
 
-    schedule: Literal["constant", "cosine"] = "constant"
-    """Learning rate after the warm-up; cosine ends at 0."""
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """Learning rate after the warm-up: constant, or falling to 0 along half a cosine or
+    a line."""
+
+    decay_steps: PositiveInt | None = None
+    """Last steps of the run, over which a cosine or line falls; the learning rate is
+    constant before them. Null takes all steps after the warm-up."""
 
     warmup_steps: NonNegativeInt = 0
     """Steps over which the learning rate rises linearly from 0."""
@@ -275,7 +275,12 @@ class EmaConfig:
     """The exponential moving average of the parameters."""
 
     decay: Fraction | None = 0.9999
-    """Decay in [0, 1), after the warm-up (1 + t)/(10 + t); null keeps no average."""
+    """Decay in [0, 1), after the warm-up; null keeps no average."""
+
+    warmup: AboveOne = 10.0
+    """Update t has a decay of at most (1 + t)/(warmup + t), > 1: with decay near 1, the
+    average is over about the last t/warmup updates. 10 is the paper's; 2 weighs all
+    updates equally."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -83,6 +83,7 @@ def noisy_descent_(
     step: int,
     ema: Params | None,
     ema_decay: float | None,
+    ema_warmup: float = 10.0,
 ) -> None:
     """Adds noise, divides, steps the parameters and averages them, all in place.
 
@@ -106,6 +107,7 @@ def noisy_descent_(
         step: Step number, 0 <= step < num_steps.
         ema: Average so far, leaves like the parameters; None keeps none.
         ema_decay: Decay reached in the end, in [0, 1); None keeps no average.
+        ema_warmup: Length of its warm-up, > 1, as for `ema_decay_at`.
 
     Raises:
         ValueError: As `noisy_grad`, or a leaf is not like its parameters.
@@ -123,7 +125,9 @@ def noisy_descent_(
         )
         optimizer.step(grads, step=step)
         if ema is not None and ema_decay is not None:
-            update_ema_(ema, optimizer.params, step=step, decay=ema_decay)
+            update_ema_(
+                ema, optimizer.params, step=step, decay=ema_decay, warmup=ema_warmup
+            )
         return
     _check_sensitivity(l2_sensitivity, mechanism)
     names, momenta = sorted(clipped_sum), optimizer.momenta()
@@ -138,7 +142,7 @@ def noisy_descent_(
             learning_rate=optimizer.learning_rate(step),
             momentum=optimizer.config.momentum,
             weight_decay=optimizer.config.weight_decay,
-            ema_weight=1 - ema_decay_at(step, ema_decay or 0.0),
+            ema_weight=1 - ema_decay_at(step, ema_decay or 0.0, ema_warmup),
         ),
         momenta=None if momenta is None else _leaves(momenta, names),
         averages=averages,

@@ -277,6 +277,29 @@ def test_all_faults_between_settings_are_told_at_once() -> None:
     assert third.startswith("optimizer.warmup_steps=10: must be below train.num_steps")
 
 
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        ({"decay_steps": 2}, "decay_steps=2: means nothing with optimizer.schedule="),
+        (
+            {"schedule": "linear", "warmup_steps": 6, "decay_steps": 5},
+            "decay_steps=5: must be at most the 4 steps after the warm-up",
+        ),
+    ],
+)
+def test_a_decay_fits_its_schedule(settings: dict[str, Any], complaint: str) -> None:
+    changes = {f"optimizer__{name}": value for name, value in settings.items()}
+
+    with pytest.raises(ConfigError, match=complaint):
+        parse_config(sections(train__num_steps=10, **changes))
+
+
+def test_a_warm_up_of_the_average_is_above_1() -> None:
+    with pytest.raises(ConfigError, match=r"ema\.warmup=1: must be above 1 and finite"):
+        parse_config(sections(ema__warmup=1))
+    assert parse_config(sections(ema__warmup=2)).ema.warmup == 2.0
+
+
 def test_exactly_one_setting_decides_the_noise() -> None:
     with pytest.raises(ConfigError, match="noise_multiplier=null: exactly one"):
         parse_config(sections(privacy__target_epsilon=None))

@@ -39,6 +39,22 @@ def test_average_follows_the_formula() -> None:
         torch.testing.assert_close(ema[name].double(), leaf, rtol=0, atol=1e-6)
 
 
+def test_a_warm_up_of_2_weighs_all_updates_alike() -> None:
+    ema = {"a": torch.tensor([8.0])}
+    for step in range(5):
+        params = {"a": torch.tensor([float(step)])}
+        update_ema_(ema, params, step=step, decay=0.9999, warmup=2.0)
+
+    # Of where it started, 8, and of 0 to 4.
+    torch.testing.assert_close(ema["a"], torch.tensor([18 / 6]))
+
+
+def test_a_longer_warm_up_forgets_faster() -> None:
+    decays = [ema_decay_at(99, 0.9999, warmup) for warmup in (2.0, 5.0, 10.0)]
+
+    assert decays == pytest.approx([100 / 101, 100 / 104, 100 / 109])
+
+
 def test_average_converges_to_constant_parameters() -> None:
     ema, params = {"a": torch.full((2,), 100.0)}, {"a": torch.tensor([1.0, -2.0])}
     for step in range(300):

@@ -227,6 +227,7 @@ def fused_step(
     *,
     ema: Params | None = None,
     ema_decay: float | None = None,
+    ema_warmup: float = 10.0,
 ) -> Params:
     total = sum_of(step)
     noisy_descent_(
@@ -238,6 +239,7 @@ def fused_step(
         step=step,
         ema=ema,
         ema_decay=ema_decay,
+        ema_warmup=ema_warmup,
     )
     return total
 
@@ -269,11 +271,16 @@ def test_one_pass_is_noise_then_step_then_average_bit_for_bit(
     optimizers = optimizer_of(rule, fused), optimizer_of(rule, separate)
     for step in range(4):
         released = fused_step(
-            plan, optimizers[0], step, ema=averages[0], ema_decay=ema_decay
+            plan,
+            optimizers[0],
+            step,
+            ema=averages[0],
+            ema_decay=ema_decay,
+            ema_warmup=3.0,
         )
         assert_equal(released, separate_step(plan, optimizers[1], step))
         if averages[1] is not None and ema_decay is not None:
-            update_ema_(averages[1], separate, step=step, decay=ema_decay)
+            update_ema_(averages[1], separate, step=step, decay=ema_decay, warmup=3.0)
 
         assert_equal(fused, separate)
         assert_equal(averages[0] or {}, averages[1] or {})

@@ -148,5 +148,24 @@ def test_cosine_falls_from_the_top_to_almost_nothing(warmup_steps: int) -> None:
     assert 0 < rates[-1] < 0.5 * 1e-3
 
 
-def test_a_run_of_one_step_has_a_learning_rate() -> None:
-    assert learning_rate_at(0, config(schedule="cosine"), num_steps=1) == 0.5
+def test_a_line_falls_in_equal_steps() -> None:
+    settings = config(schedule="linear", warmup_steps=2)
+    rates = [learning_rate_at(step, settings, num_steps=7) for step in range(2, 7)]
+
+    assert rates == pytest.approx([0.5, 0.4, 0.3, 0.2, 0.1])
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+def test_learning_rate_is_constant_until_the_last_steps(schedule: str) -> None:
+    settings = config(schedule=schedule, warmup_steps=2, decay_steps=4)
+    rates = [learning_rate_at(step, settings, num_steps=20) for step in range(20)]
+    short = config(schedule=schedule)
+    falling = [learning_rate_at(step, short, num_steps=4) for step in range(4)]
+
+    assert rates[2:16] == [0.5] * 14
+    assert rates[16:] == falling
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+def test_a_run_of_one_step_has_a_learning_rate(schedule: str) -> None:
+    assert learning_rate_at(0, config(schedule=schedule), num_steps=1) == 0.5
