@@ -44,6 +44,7 @@ _OF_VIEWS = (
     "crop_padding",
     "image_size",
     "mean",
+    "mixed_views",
     "std",
 )
 _NOT_OF_FEATURES = ("init_from", "init_weights", "num_classes")

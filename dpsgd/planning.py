@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from dpsgd.clipping import MicrobatchMemory, measure_microbatch
-from dpsgd.config import Config
+from dpsgd.config import Config, DataConfig
 from dpsgd.data import PublicFacts
 from dpsgd.errors import ConfigError, fault
 from dpsgd.models import CLASSIFIER, build_model, freeze, trainable_params
@@ -76,14 +76,12 @@ class Plan:
         """Returns what to show, as (name, value) in words."""
         units = f"{self.mechanism.unit}s"
         needed = self.memory.total(self.microbatch_size) / 2**20
-        views = config.data.augmentation_multiplicity
-        fixed = ", the same in every step" if config.data.fixed_views else ""
         seeded = config.train.seed is not None
         private, cache = config.privacy.enabled, config.runtime.feature_cache
         return [
             (units, f"{self.facts.num_examples:,} (public, declared)"),
             *(self._sampling_rows(config) if private else self._shuffling_rows()),
-            ("views an example", f"{views} ({config.data.augmentation}){fixed}"),
+            ("views an example", _views(config.data)),
             ("normalisation", _constants(config)),
             ("steps", f"{self.mechanism.num_steps:,}"),
             *(self._guarantee_rows(config) if private else _NO_GUARANTEE),
@@ -365,6 +363,13 @@ def _streams(*, seeded: bool, private: bool) -> str:
     if not seeded:
         return "from the operating system"
     return "from a seed: repeatable" + ", NOT to be released as private" * private
+
+
+def _views(data: DataConfig) -> str:
+    """Returns how many views there are, and of which kind, in words."""
+    mixed = f", {data.mixed_views} of them mixed" if data.mixed_views else ""
+    fixed = ", the same in every step" if data.fixed_views else ""
+    return f"{data.augmentation_multiplicity} ({data.augmentation}){mixed}{fixed}"
 
 
 def _constants(config: Config) -> str:

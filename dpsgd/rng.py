@@ -25,6 +25,7 @@ StreamName = Literal[
     "sampling",
     "selection",
     "augmentation",
+    "mixing",
     "stochastic_depth",
     "noise",
     "canaries",

@@ -110,6 +110,7 @@ def test_views_are_fixed_by_row_and_number_alone(source: Path, tmp_path: Path) -
     [
         ("data.mean", [0.4], "views"),
         ("data.augmentation_multiplicity", 2, "views"),
+        ("data.mixed_views", 1, "views"),
         ("model.compute_dtype", "float64", "network"),
         ("model.init_weights", "last", "weights"),
     ],
@@ -118,7 +119,7 @@ def test_a_cache_of_other_views_or_weights_is_refused(
     source: Path, tmp_path: Path, change: str, value: Any, others: str
 ) -> None:
     cache = tmp_path / "cache.safetensors"
-    begun = changes(source, cache, model__init_weights="ema")
+    begun = {**changes(source, cache, model__init_weights="ema"), **VIEWS}
     start(tmp_path / "first", begun)
     before = cache.read_bytes()
 

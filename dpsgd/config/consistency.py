@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from dpsgd.config.schema import Config, PrivacyConfig
+from dpsgd.config.schema import Config, DataConfig, PrivacyConfig
 from dpsgd.errors import fault
 
 __all__ = ["faults_between_settings", "missing_delta"]
@@ -28,11 +28,8 @@ def faults_between_settings(config: Config) -> list[str]:
         rule, remedy = "only parquet files have columns", "remove it, or take parquet"
         column = config.data.group_column
         faults.append(fault("data.group_column", column, rule, remedy))
-    faults += (
-        _schedule_faults(config)
-        + _store_faults(config)
-        + _faults_without_weights(config)
-    )
+    faults += _mixture_faults(config.data) + _schedule_faults(config)
+    faults += _store_faults(config) + _faults_without_weights(config)
     return faults + _cache_faults(config)
 
 
@@ -116,6 +113,20 @@ def _unit_faults(config: Config) -> list[str]:
         for name, value, remedy in settings
         if value is None
     ]
+
+
+def _mixture_faults(data: DataConfig) -> list[str]:
+    """Returns why views cannot be mixed, if they are to be."""
+    mixed, num_views = data.mixed_views, data.augmentation_multiplicity
+    if mixed == 0:
+        return []
+    if data.augmentation == "none":
+        rule = "means nothing with data.augmentation=none, where all views are alike"
+        return [fault("data.mixed_views", mixed, rule, "remove it, or augment")]
+    if mixed > num_views - 2:
+        rule = f"must leave two of the data.augmentation_multiplicity={num_views} views"
+        return [fault("data.mixed_views", mixed, rule, "lower it, or take more views")]
+    return []
 
 
 def _schedule_faults(config: Config) -> list[str]:

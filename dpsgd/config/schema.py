@@ -107,6 +107,10 @@ class DataConfig:
     augmentation_multiplicity: PositiveInt = 1
     """Views K of each example, averaged before clipping: they cost no privacy."""
 
+    mixed_views: NonNegativeInt = 0
+    """How many of the K views are mixtures of two others of the same example, at random
+    weights (self-mixup, Bao et al. 2023): like other views, they cost no privacy."""
+
     fixed_views: bool = False
     """Give an example the same K views in every step and every run, by its row and
     their number alone, so that their features can be cached."""
@@ -259,8 +263,7 @@ class OptimizerConfig:
     """Decay, >= 0: added to the gradient by SGD, decoupled in AdamW."""
 
     schedule: Literal["constant", "cosine", "linear"] = "constant"
-    """Learning rate after the warm-up: constant, or falling to 0 along half a cosine or
-    a line."""
+    """After the warm-up: constant, or falling to 0 along half a cosine or a line."""
 
     decay_steps: PositiveInt | None = None
     """Last steps of the run, over which a cosine or line falls; the learning rate is

@@ -49,6 +49,7 @@ class ViewParameters:
         side: Of the square views; None gives them the size of the image.
         crops: (R, K, 22) float64 in [0, 1), on the CPU, that say which part of an image
             a view shows, for who decodes it; None shows all of what was decoded.
+        mixtures: (R, X, 3) as `draw_mixtures` returns them; None mixes no views.
     """
 
     offsets: Tensor
@@ -56,6 +57,7 @@ class ViewParameters:
     padding: int
     side: int | None = None
     crops: Tensor | None = None
+    mixtures: Tensor | None = None
 
     def microbatch(self, start: int, size: int) -> "ViewParameters":
         """Returns the parameters of `size` examples from `start`, zeros past the end.
@@ -87,7 +89,8 @@ class ViewParameters:
 
         Args:
             num_canvases: Images J of every example, a divisor of K: views are dealt to
-                them in order, and the result is of R J examples of K / J views.
+                them in order, and the result is of R J examples of K / J views, none
+                of them mixed.
         """
 
         def dealt(tensor: Tensor) -> Tensor:
@@ -95,18 +98,19 @@ class ViewParameters:
             shape = (num_examples * num_canvases, num_views // num_canvases)
             return tensor.reshape(*shape, *tensor.shape[2:])
 
-        return self._each(dealt)
+        return replace(self, mixtures=None)._each(dealt)
 
     def _each(
         self, change: Callable[[Tensor], Tensor], *, with_crops: bool = False
     ) -> "ViewParameters":
         """Returns the parameters with every tensor changed."""
-        crops = self.crops
+        crops, mixtures = self.crops, self.mixtures
         return replace(
             self,
             offsets=change(self.offsets),
             flips=change(self.flips),
             crops=change(crops) if with_crops and crops is not None else crops,
+            mixtures=None if mixtures is None else change(mixtures),
         )
 
 

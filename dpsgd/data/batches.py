@@ -1,6 +1,7 @@
 """From a draw of examples, or of users, to microbatches of views on the device."""
 
 import copy
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Protocol, Self, final
 
@@ -17,6 +18,7 @@ from dpsgd.data.augmentation import (
     pixel_levels,
 )
 from dpsgd.data.dataset import Dataset, upload
+from dpsgd.data.mixtures import draw_mixtures, mix_views
 from dpsgd.data.sampling import microbatches
 from dpsgd.data.users import UserExamples
 from dpsgd.rng import RandomStreams
@@ -64,8 +66,8 @@ class ViewLoader:
         dataset: Training examples.
         config: Augmentation, its multiplicity, and normalisation constants. With
             `fixed_views` an example has the same views in every step.
-        streams: Streams of the run, of which `augmentation` is used, and
-            `stochastic_depth` if there are draws.
+        streams: Streams of the run, of which `augmentation` is used, `mixing` if
+            views are mixed, and `stochastic_depth` if there are draws.
         microbatch_size: Examples M of every microbatch; the last one is padded.
         padded_to: The last one is padded to a multiple of this; None pads it to M.
         draws_per_view: Uniform numbers D that the network takes for each view.
@@ -158,17 +160,18 @@ class ViewLoader:
         images = canvases.flatten(0, 1)  # (M J, C, H, W)
         shared = parameters.shared_by(num_canvases)
         views = cut_views(images, self._levels, shared)  # (M J, K / J, C, h, w)
-        return views.reshape(size, -1, *views.shape[2:])  # (M, K, C, h, w)
+        views = views.reshape(size, -1, *views.shape[2:])  # (M, V, C, h, w)
+        if parameters.mixtures is None:
+            return views
+        return mix_views(views, parameters.mixtures)
 
     def _parameters(self, draw: NDArray[np.int64], step: int) -> ViewParameters:
         """Returns the views of all examples of a step."""
         if not self._config.fixed_views:
-            rng = self._streams.generator("augmentation", step)
-            return self._drawn(rng, len(draw))
+            return self._drawn(self._streams, step, len(draw))
         if self._fixed is None:
             streams = RandomStreams.from_seed(_SEED_OF_FIXED_VIEWS)
-            rng = streams.generator("augmentation")
-            self._fixed = self._drawn(rng, len(self._dataset))
+            self._fixed = self._drawn(streams, 0, len(self._dataset))
         return self._fixed.of(torch.from_numpy(draw))
 
     def _uniforms(
@@ -190,16 +193,29 @@ class ViewLoader:
         uniforms[: len(drawn)] = drawn
         return (upload(torch.from_numpy(uniforms), self._device),)
 
-    def _drawn(self, rng: np.random.Generator, num_examples: int) -> ViewParameters:
-        """Draws the views of examples, as configured."""
-        return draw_views(
-            rng,
+    def _drawn(
+        self, streams: RandomStreams, step: int, num_examples: int
+    ) -> ViewParameters:
+        """Draws the views of examples, as configured; mixtures are the last of them."""
+        config = self._config
+        num_views = config.augmentation_multiplicity - config.mixed_views
+        parameters = draw_views(
+            streams.generator("augmentation", step),
             num_examples,
-            augmentation=self._config.augmentation,
-            crop_padding=self._config.crop_padding,
-            augmentation_multiplicity=self._config.augmentation_multiplicity,
-            image_size=self._config.image_size,
+            augmentation=config.augmentation,
+            crop_padding=config.crop_padding,
+            augmentation_multiplicity=num_views,
+            image_size=config.image_size,
         )
+        if config.mixed_views == 0:
+            return parameters
+        mixtures = draw_mixtures(
+            streams.generator("mixing", step),
+            num_examples,
+            num_views=num_views,
+            num_mixed=config.mixed_views,
+        )
+        return dataclasses.replace(parameters, mixtures=mixtures)
 
 
 @final

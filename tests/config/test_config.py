@@ -294,6 +294,25 @@ def test_a_decay_fits_its_schedule(settings: dict[str, Any], complaint: str) -> 
         parse_config(sections(train__num_steps=10, **changes))
 
 
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        ({"augmentation": "none"}, "mixed_views=3: means nothing with data.augment"),
+        (
+            {"augmentation": "flip", "augmentation_multiplicity": 4},
+            "mixed_views=3: must leave two of the data.augmentation_multiplicity=4",
+        ),
+    ],
+)
+def test_mixtures_are_of_two_different_views(
+    settings: dict[str, Any], complaint: str
+) -> None:
+    changes = {f"data__{name}": value for name, value in settings.items()}
+
+    with pytest.raises(ConfigError, match=complaint):
+        parse_config(sections(data__mixed_views=3, **changes))
+
+
 def test_a_warm_up_of_the_average_is_above_1() -> None:
     with pytest.raises(ConfigError, match=r"ema\.warmup=1: must be above 1 and finite"):
         parse_config(sections(ema__warmup=1))
