@@ -1,4 +1,6 @@
 import contextlib
+import dataclasses
+import itertools
 import re
 import shlex
 import shutil
@@ -8,10 +10,10 @@ import pytest
 from small_runs import ROOT
 
 from dpsgd.cli import privacy, train
-from dpsgd.config import load_config
+from dpsgd.config import Config, config_to_dict, load_config
 from dpsgd.data import published_facts
 from dpsgd.planning import outline
-from dpsgd.sweep.plan import read_sweep
+from dpsgd.sweep.plan import SweepPlan, read_sweep
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 SWEEPS = sorted((ROOT / "configs" / "sweeps").glob("*.yaml"))
@@ -181,8 +183,74 @@ def test_small_batches_have_the_noise_of_the_large_one_for_each_example() -> Non
 def test_the_ladder_ends_with_the_whole_recipe() -> None:
     plan = read_sweep(ROOT / "configs" / "sweeps" / "cifar10_ablation.yaml")
 
-    assert plan.runs[-1].config == load_config(plan.base)
+    whole = load_config(plan.base)
+    last = dataclasses.replace(plan.runs[-1].config, train=whole.train)
+    assert last == whole  # but for a budget that all share
     assert {run.config.privacy.target_epsilon for run in plan.runs} == {8}
+    assert len({examples_of(run.config) for run in plan.runs}) == 1
+
+
+def examples_of(config: Config) -> float:
+    """How many examples a run takes in all, drawn again and again."""
+    return config.train.num_steps * config.privacy.expected_batch_size
+
+
+def changes_along(plan: SweepPlan) -> list[set[str]]:
+    """What each run of a ladder sets that the one before it has otherwise."""
+    ladder = [config_to_dict(run.config) for run in plan.runs]
+    flat = [
+        {
+            f"{section}.{key}": value
+            for section in one
+            for key, value in one[section].items()
+        }
+        for one in ladder
+    ]
+    return [
+        {key for key in after if after[key] != before[key]}
+        for before, after in itertools.pairwise(flat)
+    ]
+
+
+def test_each_rung_of_the_ladder_changes_what_it_names() -> None:
+    plan = read_sweep(ROOT / "configs" / "sweeps" / "cifar10_ablation.yaml")
+
+    assert changes_along(plan) == [
+        {"model.normalization"},
+        {"privacy.expected_batch_size", "train.num_steps", "optimizer.learning_rate"},
+        {"model.weight_standardization"},
+        {"data.augmentation", "data.augmentation_multiplicity"},
+        {"ema.decay"},
+    ]
+
+
+@pytest.mark.parametrize("name", ["cifar10_beyond", "cifar10_beyond_small_batch"])
+def test_each_step_beyond_the_paper_changes_what_it_names(name: str) -> None:
+    plan = read_sweep(ROOT / "configs" / "sweeps" / f"{name}.yaml")
+    account, *others = changes_along(plan)
+
+    assert account <= {"privacy.noise_multiplier", "privacy.target_epsilon"}
+    assert others == [
+        {"ema.warmup"},
+        {"optimizer.schedule", "optimizer.decay_steps"},
+        {"data.augmentation_multiplicity"},
+        {"data.mixed_views"},
+    ]
+
+
+def test_the_steps_beyond_the_paper_are_simulated_with_their_noise() -> None:
+    sweeps = ROOT / "configs" / "sweeps"
+    whole = read_sweep(sweeps / "cifar10_beyond.yaml").runs
+    small = read_sweep(sweeps / "cifar10_beyond_small_batch.yaml").runs
+
+    assert [run.label for run in small] == [run.label for run in whole]
+    for large, run in zip(whole, small, strict=True):
+        # Null is calibrated, to 2.56281; six digits of each noise are written down.
+        noise = large.config.privacy.noise_multiplier or 2.56281
+        assert run.config.privacy.noise_multiplier == pytest.approx(
+            noise * 256 / 4096, rel=1e-5
+        )
+        assert run.config.train == large.config.train
 
 
 def test_results_are_listed_with_the_settings_of_their_configs() -> None:
