@@ -92,12 +92,18 @@ def test_every_cifar10_setting_of_the_paper_is_shipped() -> None:
         for network in ("16-4", "40-4")
         for epsilon in (1, 2, 3, 4, 6, 8)
     }
+    assert names >= {
+        f"cifar10_wrn28-10_imagenet32_{trained}_eps{epsilon}"
+        for trained in ("all", "classifier")
+        for epsilon in (1, 2, 4, 8)
+    }
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_the_name_of_a_config_tells_its_settings(path: Path) -> None:
     network = r"_wrn(?P<depth>\d+)-(?P<width>\d+)"
-    private = rf"(?P<data>cifar10|cifar100){network}(?P<from>_finetune)?_eps(?P<eps>\d)"
+    tuned = r"(?P<from>_finetune|_imagenet32_(?P<trained>all|classifier))?"
+    private = rf"(?P<data>cifar10|cifar100){network}{tuned}_eps(?P<eps>\d)"
     public = rf"pretrain_(?P<data>[\w-]+){network}"
     found = re.fullmatch(private, path.stem) or re.fullmatch(public, path.stem)
     config = load_config(path)
@@ -117,6 +123,7 @@ def test_the_name_of_a_config_tells_its_settings(path: Path) -> None:
         assert config.data.name == told["data"]
         assert config.privacy.target_epsilon == int(told["eps"])
         assert (config.model.init_from is not None) == (told["from"] is not None)
+        assert config.finetune.train == (told["trained"] or "all")
 
 
 # Every setting of ImageNet and Places365 that is shipped; the paper's but for `tan`.
