@@ -4,6 +4,9 @@ Every message follows one pattern, `field=value: rule; remedy`, so that the
 reader sees what was given, why it is refused and what to do about it.
 """
 
+import difflib
+from collections.abc import Iterable
+
 __all__ = [
     "BudgetExceededError",
     "CheckpointError",
@@ -11,6 +14,7 @@ __all__ = [
     "DataError",
     "RankError",
     "UserError",
+    "did_you_mean",
     "fault",
 ]
 
@@ -47,3 +51,21 @@ def fault(field: str, value: object, rule: str, remedy: str) -> str:
     """
     shown = "null" if value is None else value
     return f"{field}={shown}: {rule}; {remedy}"
+
+
+def did_you_mean(
+    name: object, known: Iterable[str], *, otherwise: str, prefix: str = ""
+) -> str:
+    """Returns the remedy for a name that is not known: the nearest that is.
+
+    Args:
+        name: What was given.
+        known: Names that there are.
+        otherwise: The remedy where none of them is near.
+        prefix: What stands before the names in the message.
+
+    >>> did_you_mean("lnear", ["linear", "cosine"], otherwise="choose one")
+    'did you mean `linear`?'
+    """
+    near = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
+    return f"did you mean `{prefix}{near[0]}`?" if near else otherwise

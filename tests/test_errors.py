@@ -14,3 +14,18 @@ def test_a_fault_names_field_value_rule_and_remedy() -> None:
 def test_what_a_user_can_mend_is_a_value_error(name: str) -> None:
     assert issubclass(getattr(errors, name), errors.UserError)
     assert issubclass(errors.UserError, ValueError)
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("lnear", "did you mean `schedule.linear`?"),
+        ("exponential", "choose one"),
+        (3, "choose one"),
+    ],
+)
+def test_the_nearest_name_is_asked_for(name: object, remedy: str) -> None:
+    names = ["cosine", "linear"]
+
+    asked = errors.did_you_mean(name, names, otherwise="choose one", prefix="schedule.")
+    assert asked == remedy

@@ -1,7 +1,6 @@
 """Reads a configuration file: every fault is found, and all are told at once."""
 
 import dataclasses
-import difflib
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -13,7 +12,7 @@ import yaml
 from dpsgd.config.coercion import Mismatch, coerce
 from dpsgd.config.consistency import faults_between_settings, missing_delta
 from dpsgd.config.schema import Config
-from dpsgd.errors import ConfigError, fault
+from dpsgd.errors import ConfigError, did_you_mean, fault
 
 __all__ = [
     "config_to_dict",
@@ -251,12 +250,8 @@ def unknown_names(
     faults = []
     for name in values:
         if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
-            remedy = (
-                f"did you mean `{prefix}{near[0]}`?"
-                if near
-                else (f"known are {', '.join(known)}")
-            )
+            otherwise = f"known are {', '.join(known)}"
+            remedy = did_you_mean(name, known, otherwise=otherwise, prefix=prefix)
             value = values[name]
             faults.append(fault(f"{prefix}{name}", value, f"unknown {what}", remedy))
     return faults

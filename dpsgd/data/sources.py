@@ -1,6 +1,5 @@
 """Where images come from: a registry of sources, and the two that need no files."""
 
-import difflib
 import fcntl
 import hashlib
 import os
@@ -19,7 +18,7 @@ from dpsgd.data.dataset import DataSplits, ImageDataset
 from dpsgd.data.image_folder import load_folder_images, load_image_folder
 from dpsgd.data.parquet import load_parquet, load_parquet_images
 from dpsgd.data.store.dataset import load_stores
-from dpsgd.errors import ConfigError, DataError, fault
+from dpsgd.errors import ConfigError, DataError, did_you_mean, fault
 
 __all__ = [
     "SOURCES",
@@ -107,16 +106,12 @@ def load_torchvision(config: DataConfig) -> DataSplits:
         DataError: The download failed or the files are damaged.
     """
     if config.name not in _TORCHVISION_CLASSES:
-        near = difflib.get_close_matches(config.name or "", _TORCHVISION_CLASSES, n=1)
-        message = fault(
-            "data.name",
-            config.name,
-            f"must be one of {', '.join(_TORCHVISION_CLASSES)}",
-            f"did you mean {near[0]}?"
-            if near
-            else "choose one, or another data.source",
+        rule = f"must be one of {', '.join(_TORCHVISION_CLASSES)}"
+        otherwise = "choose one, or another data.source"
+        remedy = did_you_mean(
+            config.name or "", _TORCHVISION_CLASSES, otherwise=otherwise
         )
-        raise ConfigError(message)
+        raise ConfigError(fault("data.name", config.name, rule, remedy))
     with _alone_in(config.root):
         return DataSplits(
             train=_load_torchvision_split(config.name, config.root, is_train=True),

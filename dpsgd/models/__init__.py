@@ -1,6 +1,5 @@
 """Networks without batch normalisation, and the table of their names."""
 
-import difflib
 from collections.abc import Callable
 from typing import Protocol
 
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from dpsgd.config import ModelConfig
-from dpsgd.errors import ConfigError, fault
+from dpsgd.errors import ConfigError, did_you_mean, fault
 from dpsgd.models.compatibility import check_model
 from dpsgd.models.convnet import build_convnet
 from dpsgd.models.layers import initialize
@@ -81,8 +80,8 @@ def build_model(
         ConfigError: The name is unknown, or the architecture refuses its settings.
     """
     if config.name not in MODELS:
-        near = difflib.get_close_matches(config.name, MODELS, n=1)
-        remedy = f"did you mean `{near[0]}`?" if near else f"known: {', '.join(MODELS)}"
+        otherwise = f"known are {', '.join(MODELS)}"
+        remedy = did_you_mean(config.name, MODELS, otherwise=otherwise)
         raise ConfigError(fault("model.name", config.name, "unknown model", remedy))
     build = MODELS[config.name]
     return build(config, image_shape=image_shape, num_classes=num_classes)

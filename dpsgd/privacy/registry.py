@@ -1,9 +1,8 @@
 """Accountants by name."""
 
-import difflib
 from typing import Final
 
-from dpsgd.errors import ConfigError, fault
+from dpsgd.errors import ConfigError, did_you_mean, fault
 from dpsgd.privacy.accountant import Accountant
 from dpsgd.privacy.pld import PLDAccountant
 from dpsgd.privacy.prv import PRVAccountant
@@ -28,8 +27,7 @@ def build_accountant(name: str) -> Accountant:
         ConfigError: There is no such accountant.
     """
     if name not in ACCOUNTANTS:
-        near = difflib.get_close_matches(name, ACCOUNTANTS, n=1, cutoff=0.0)
-        raise ConfigError(
-            fault("accountant", name, "is not known", f"did you mean {near[0]}?")
-        )
+        otherwise = f"known are {', '.join(ACCOUNTANTS)}"
+        remedy = did_you_mean(name, ACCOUNTANTS, otherwise=otherwise)
+        raise ConfigError(fault("accountant", name, "is not known", remedy))
     return ACCOUNTANTS[name]()

@@ -1,11 +1,10 @@
 """The keys of a sweep file, each read on its own, so that all faults are told."""
 
-import difflib
 import re
 from collections.abc import Mapping
 from typing import Any, Final
 
-from dpsgd.errors import fault
+from dpsgd.errors import did_you_mean, fault
 
 __all__ = ["NAME", "axes", "entries", "grid", "jobs", "settings", "slurm"]
 
@@ -103,7 +102,6 @@ def axes(content: Any, allowed: list[str]) -> tuple[tuple[str, ...], list[str]]:
     faults = []
     for name in names:
         if name not in allowed:
-            near = difflib.get_close_matches(str(name), allowed, n=1)
-            remedy = f"did you mean `{near[0]}`?" if near else f"take {allowed[0]}"
+            remedy = did_you_mean(name, allowed, otherwise=f"take {allowed[0]}")
             faults.append(fault("x", name, "is neither swept nor recorded", remedy))
     return tuple(names), faults

@@ -133,7 +133,7 @@ def test_a_failed_download_says_what_to_do_offline(
 
 
 @pytest.mark.parametrize(
-    ("name", "remedy"), [("cifar01", "did you mean cifar10"), (None, "choose one")]
+    ("name", "remedy"), [("cifar01", "did you mean `cifar10`"), (None, "choose one")]
 )
 def test_an_unknown_name_is_refused_with_the_nearest(
     name: str | None, remedy: str

@@ -245,7 +245,7 @@ def test_both_faults_are_told_at_once() -> None:
 def test_an_unknown_model_is_refused_with_the_nearest_name() -> None:
     with pytest.raises(ConfigError, match=r"did you mean `wide_resnet`\?"):
         build_model(ModelConfig(name="wide_resnt"), image_shape=CIFAR, num_classes=10)
-    with pytest.raises(ConfigError, match=r"unknown model; known: .*wide_resnet"):
+    with pytest.raises(ConfigError, match=r"unknown model; known are .*wide_resnet"):
         build_model(ModelConfig(name="zzz"), image_shape=CIFAR, num_classes=10)
 
 
