@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,9 +31,11 @@ class MetricsWriter:
         kept = [line for line in lines if _precedes(line, from_step)]
         temporary = path.with_name(f"{path.name}.tmp")
         with _writing(path):
-            text = "".join(to_json(line) + "\n" for line in kept)
-            temporary.write_text(text, encoding="utf-8")
-            temporary.replace(path)  # a process killed here loses no line
+            with temporary.open("w", encoding="utf-8") as file:
+                file.writelines(to_json(line) + "\n" for line in kept)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)  # a crash or power cut here loses no line
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Appends one record, which has a `step`."""

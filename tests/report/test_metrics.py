@@ -58,6 +58,22 @@ def test_a_crash_while_dropping_lines_loses_none(
     assert read_metrics(path) == [{"step": 1}]
 
 
+def test_kept_lines_are_on_the_disk_before_they_replace_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n')
+    done, replace = [], Path.replace
+    monkeypatch.setattr("os.fsync", lambda _: done.append("on the disk"))
+    monkeypatch.setattr(
+        Path, "replace", lambda *paths: done.append("replaced") or replace(*paths)
+    )
+    MetricsWriter(path, from_step=9)
+
+    assert done == ["on the disk", "replaced"]
+    assert read_metrics(path) == [{"step": 1}]
+
+
 def test_a_file_that_cannot_be_written_is_a_users_fault(tmp_path: Path) -> None:
     path = tmp_path / "absent" / "metrics.jsonl"
     with pytest.raises(UserError, match=r"metrics=.*No such file.*go on with --resume"):
