@@ -8,8 +8,9 @@ more is formed in the same order every time is nothing to rest a guarantee on.
 """
 
 import dataclasses
+import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 
@@ -62,12 +63,32 @@ def check_same_run(checkpoint: Checkpoint, identity: Mapping[str, Any]) -> None:
     """
     saved = checkpoint.facts
     lines = differences({"format": saved.get("format")}, {"format": _FORMAT})
-    lines += differences(saved.get("settings", {}), identity["settings"])
+    settings = _completed(saved.get("settings", {}), identity["settings"])
+    lines += differences(settings, identity["settings"])
     for name, fingerprint in identity["data"].items():
         if saved.get("data", {}).get(name) != fingerprint:
             lines.append(f"data.{name}=...: holds other examples than the run's")
     if lines:
         raise CheckpointError("\n".join(f"{line}; {_REMEDY}" for line in lines))
+
+
+def _completed(
+    saved: Mapping[str, Mapping[str, Any]], present: Mapping[str, Mapping[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Returns settings of a checkpoint, with defaults for those that came later.
+
+    A default trains as it was trained before there was the setting; where it did not,
+    `_FORMAT` would tell.
+    """
+    sections = get_type_hints(Config)
+    completed = {name: dict(values) for name, values in saved.items()}
+    for name, values in present.items():
+        section = completed.setdefault(name, {})
+        for field in dataclasses.fields(sections[name]):
+            is_new = field.name in values and field.name not in section
+            if is_new and field.default is not dataclasses.MISSING:
+                section[field.name] = json.loads(json.dumps(field.default))
+    return completed
 
 
 def check_mechanism(config: Config, plan: Plan) -> None:

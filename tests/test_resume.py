@@ -332,6 +332,38 @@ def test_a_checkpoint_whose_mechanism_is_not_the_settings_is_refused(
     assert contents(stopped) == before
 
 
+def without_settings(run: Path, *names: str) -> None:
+    """Makes a checkpoint of it one of before there were these settings."""
+    path = newest_checkpoint(run)
+    tensors, facts = read_tensors(path)
+    for name in names:
+        section, _, key = name.partition(".")
+        del facts["settings"][section][key]
+    write_tensors(path, tensors, facts)
+
+
+def test_a_checkpoint_of_before_a_setting_goes_on_with_its_default(
+    stopped: Path,
+) -> None:
+    without_settings(stopped, "ema.warmup", "data.mixed_views", "optimizer.betas")
+
+    assert dpsgd_train("--resume", stopped) == 0
+
+
+def test_a_checkpoint_of_before_a_setting_is_refused_with_another_value(
+    stopped: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    without_settings(stopped, "ema.warmup", "optimizer.learning_rate")
+    before = contents(stopped)
+    capsys.readouterr()
+
+    assert dpsgd_train("--resume", stopped, "--set", "ema.warmup=3") == 2
+    said = capsys.readouterr().err
+    assert "ema.warmup=3.0: the checkpoint has 10.0" in said
+    assert "optimizer.learning_rate=" in said  # it has no default
+    assert contents(stopped) == before
+
+
 def test_two_processes_do_not_train_in_one_folder(
     stopped: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
