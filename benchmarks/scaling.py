@@ -31,12 +31,14 @@ from safetensors.torch import load_file, save_file
 from dpsgd.assembly import assemble
 from dpsgd.checkpoint import CheckpointStore
 from dpsgd.config import load_config
+from dpsgd.errors import ConfigError, UserError, fault
 from dpsgd.parallel import Layout, joined
 from dpsgd.report import to_json
 from dpsgd.train import train_step
 
 WARM_UPS = 2
 MIB = 2**20
+MODES = ["ddp", "fsdp"]
 
 
 class Watch:
@@ -116,33 +118,43 @@ def work(arguments: argparse.Namespace) -> None:
             save_file(on_cpu, folder / "w")
 
 
+def launch(command: list[str], size: int) -> None:
+    """Runs a command on so many ranks of this machine.
+
+    Raises:
+        SystemExit: One of them failed; it has said why.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = {
+        **os.environ,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "WORLD_SIZE": str(size),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    processes = [
+        subprocess.Popen(
+            command, env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        )
+        for rank in range(size)
+    ]
+    codes = [process.wait() for process in processes]
+    if any(codes):
+        raise SystemExit(f"ranks ended with the exit codes {codes}")
+
+
 def start(
     arguments: argparse.Namespace, mode: str, size: int, folder: Path
 ) -> dict[str, Any]:
     """Runs so many ranks, and returns what the slowest and the largest of them say."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
     settings = [*arguments.set, f"runtime.parallel={mode}"]
     command = [sys.executable, __file__, str(arguments.config)]
     command += ["--steps", str(arguments.steps), "--folder", str(folder), "--set"]
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(size)}
     folder.mkdir()
-    processes = [
-        subprocess.Popen(
-            [*command, *settings],
-            env={
-                **os.environ,
-                **common,
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "OMP_NUM_THREADS": "1",
-            },
-        )
-        for rank in range(size)
-    ]
-    if any([process.wait() for process in processes]):
-        raise SystemExit(f"{mode} on {size} ranks failed")
+    launch([*command, *settings], size)
     rows = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(size)]
     row = {key: max(one[key] for one in rows) for key in rows[0]}
     row["views_per_second"] = min(one["views_per_second"] for one in rows)
@@ -192,32 +204,79 @@ def table_of(rows: list[dict[str, Any]]) -> Table:
     return table
 
 
+def check_counts(counts: dict[str, int], ranks: list[int], device: str) -> None:
+    """Raises ConfigError if there is nothing to measure, or no device for a rank.
+
+    Args:
+        counts: What must be at least 1, by the names of options.
+        ranks: Numbers of ranks.
+        device: As `runtime.device`.
+    """
+    faults = [
+        fault(option, count, "must be at least 1", "raise it")
+        for option, count in [*counts.items(), *(("--ranks", size) for size in ranks)]
+        if count < 1
+    ]
+    devices = torch.cuda.device_count()
+    if device != "cpu" and torch.cuda.is_available() and max(ranks) > devices:
+        rule = f"this machine has {devices} CUDA devices"
+        faults.append(fault("--ranks", max(ranks), rule, "take at most as many"))
+    if faults:
+        raise ConfigError("\n".join(faults))
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """Raises UserError if settings are at fault, or their runs cannot be compared."""
+    config = load_config(arguments.config, arguments.set)
+    check_counts({"--steps": arguments.steps}, arguments.ranks, config.runtime.device)
+    if config.train.seed is None:
+        rule = "every run would draw its own parameters, and none could be compared"
+        raise ConfigError(fault("train.seed", None, rule, "--set train.seed=0"))
+    if config.runtime.parallel != "none":
+        rule = "every mode is run by itself"
+        remedy = "choose with --modes"
+        raise ConfigError(
+            fault("runtime.parallel", config.runtime.parallel, rule, remedy)
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("config", type=Path)
     parser.add_argument("--set", nargs="*", default=[], metavar="section.key=value")
     parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2])
-    parser.add_argument("--modes", nargs="+", default=["ddp", "fsdp"])
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--save", type=Path)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.folder is not None:
-        work(arguments)
-        return
+    try:
+        if arguments.folder is not None:
+            work(arguments)
+            return
+        check(arguments)
+    except UserError as error:
+        raise SystemExit(str(error)) from None
     rows = measured(arguments)
     Console(width=100).print(table_of(rows))
-    facts = {
-        "config": str(arguments.config),
-        "set": arguments.set,
-        "steps": arguments.steps,
+    if arguments.save:
+        facts = {
+            "config": str(arguments.config),
+            "set": arguments.set,
+            "steps": arguments.steps,
+            **machine(),
+        }
+        arguments.save.write_text(to_json({**facts, "rows": rows}, indent=1) + "\n")
+
+
+def machine() -> dict[str, Any]:
+    """Returns where figures were taken."""
+    return {
         "processor": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "load": os.getloadavg()[0],
         "torch": torch.__version__,
     }
-    if arguments.save:
-        arguments.save.write_text(to_json({**facts, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
