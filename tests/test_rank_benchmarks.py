@@ -1,11 +1,19 @@
 """Benchmarks of several ranks run where there is no GPU, and say what differs."""
 
 import json
+import shutil
 import sys
+from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from small_runs import benchmark_of, write_config
+
+from dpsgd.parallel import Ranks
 
 SMALL = {
     "model.name": "convnet",
@@ -87,3 +95,76 @@ def test_ranks_that_fail_end_the_measurement() -> None:
 
     with pytest.raises(SystemExit, match=r"exit codes \[0, 3\]"):
         launch([sys.executable, "-c", command], 2)
+
+
+@pytest.mark.distributed
+def test_ranks_are_found_equal_to_one_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved = tmp_path / "equality.json"
+    arguments = ["--ranks", "2", "--steps", "2", "--networks", "wide_resnet"]
+    arguments += ["--device", "cpu", "--save", str(saved)]
+    monkeypatch.setattr(sys, "argv", ["equality", *arguments])
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # until the end
+
+    assert benchmark_of("equality").main() == 0
+    rows = json.loads(saved.read_text())["rows"]
+    assert [(row["parallel"], row["ranks"]) for row in rows] == [
+        ("none", 1),
+        ("ddp", 2),
+        ("fsdp", 2),
+    ]
+    assert rows[0]["first_step"] == 0 < rows[0]["params"]  # one last bit
+    held = [row["held_at_most"] / row["parameters"] for row in rows]
+    assert held == pytest.approx([1, 1, 0.5], rel=0.01)
+    assert "equal" in capsys.readouterr().out
+
+
+def facts_with(**changes: Any) -> Callable[[Path], None]:
+    """What changes the facts that a rank has left in a folder."""
+
+    def change(folder: Path) -> None:
+        path = folder / "0.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+    return change
+
+
+def leaves_with(state: str, kind: str, factor: float) -> Callable[[Path], None]:
+    """What stretches the tensors of a kind that a rank has left in a folder."""
+
+    def change(folder: Path) -> None:
+        leaves = load_file(folder / state)
+        for name, leaf in leaves.items():
+            leaf *= factor if name.startswith(kind) else 1
+        save_file(leaves, folder / state)
+
+    return change
+
+
+def test_what_is_unequal_is_told(tmp_path: Path) -> None:
+    equality = benchmark_of("equality")
+    arguments = Namespace(folder=tmp_path, device="cpu", steps=1)
+    equality.write_images(tmp_path)
+    config = equality.settings("wide_resnet", "none", arguments)
+    alone, folder = tmp_path / "alone", tmp_path / "changed"
+    equality.play(config, Ranks(), alone, 1)
+    changes = {
+        "same_draws": facts_with(draws=[[1, 2]]),
+        "same_noise": facts_with(noise="other"),
+        "first_step": leaves_with("first", "momenta", 1 + 1e-5),
+        "params": leaves_with("last", "params", 1.1),
+        "ema": leaves_with("last", "ema", 1.1),
+    }
+    shutil.copytree(alone, folder)
+    untouched = equality.compared(folder, alone, size=1, config=config)
+    assert equality.is_equal(untouched)
+
+    for what, change in changes.items():
+        shutil.rmtree(folder)
+        shutil.copytree(alone, folder)
+        change(folder)
+        row = equality.compared(folder, alone, size=1, config=config)
+        assert row[what] != untouched[what]
+        assert not equality.is_equal(row)
+    assert not row["restored_by_one"]  # what was stretched is not what was saved
