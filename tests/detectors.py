@@ -6,13 +6,16 @@ that breaks the promise. `tests/test_planted_defects.py` runs all of them on the
 it is, and on copies of it with a planted defect.
 """
 
+import contextlib
 import functools
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pytest
 from numpy.typing import NDArray
+from rank_processes import RankGroup
 from scores import (
     mean_size_score,
     noise_score,
@@ -34,6 +37,7 @@ from toy_runs import (
 import dpsgd.train
 from dpsgd.audit import audit
 from dpsgd.data import DataSplits, PoissonSampler
+from dpsgd.parallel import Ranks
 from dpsgd.privacy import Phase, Trials, estimate_epsilon
 from dpsgd.privacy.bounds import gaussian_epsilon
 from dpsgd.rng import RandomStreams
@@ -50,6 +54,9 @@ QUIET = 1 / 127  # of one number, whose gradient of norm 0.78 is not clipped
 SMALLEST = {"model.name": "convnet", "model.depth": 1, "model.groups": 4}
 
 DETECTORS: dict[str, Callable[[], str]] = {}
+
+# Plants, in processes that a detector starts, what is planted in this one.
+plant_in_ranks: Callable[[pytest.MonkeyPatch], None] | None = None
 
 
 class Caught(AssertionError):
@@ -199,6 +206,42 @@ def an_empty_draw_is_noised_and_counted() -> str:
     require(state.step == 1, "an empty draw was not counted")
     told = f"an empty draw released noise of size {released.std():.2f} for 1"
     require(abs(noise_score(released, 1.0)) < ACCEPTED, told)
+    return told
+
+
+def weights_of_ranks(
+    ranks: Ranks, mode: str, plant: Callable[[pytest.MonkeyPatch], None] | None
+) -> NDArray[np.float64]:
+    """The weights after three noisy steps, gathered."""
+    with pytest.MonkeyPatch.context() as patch:
+        if plant is not None:
+            plant(patch)
+        run, state = toy_run(
+            some_rows(12),
+            noise_multiplier=1.0,
+            num_steps=3,
+            ranks=ranks,
+            runtime__parallel=mode,
+        )
+        for _ in range(run.mechanism.num_steps):
+            dpsgd.train.train_step(run, state)
+        return flat(run.layout.whole(state.params))
+
+
+@detector
+def two_ranks_train_like_one() -> str:
+    """The same draw, each example in one share; one sum, one noise, whole or shared."""
+    expected = weights_of_ranks(Ranks(), "none", None)
+    apart = {}
+    with contextlib.closing(RankGroup(2)) as group:
+        for mode in ("ddp", "fsdp"):
+            for rank, found in enumerate(group(weights_of_ranks, mode, plant_in_ranks)):
+                name = f"rank {rank} of 2, {mode},"
+                require(not isinstance(found, str), f"{name} ended: {found}")
+                apart[name] = float(np.abs(found - expected).max())
+    worst = max(apart, key=lambda name: apart[name])
+    told = f"{worst} differs from one process by {apart[worst]:.1e}"
+    require(apart[worst] <= SLACK, told)
     return told
 
 

@@ -3,9 +3,10 @@
     python tests/planted_defects.py            # what each detector says of each defect
     python tests/planted_defects.py --write    # the same, into docs/audit.md
 
-A defect replaces one function of the training path while it is planted. Two defects of
-several ranks are planted where ranks meet the noise, in its scale and in its counters,
-and the sum over ranks is what is released; tests/parallel plants more into real ranks.
+A defect replaces one function of the training path while it is planted, in this process
+and in those that a detector starts. Of several ranks, two defects are planted where
+ranks meet the noise, in its scale and in its counters, and one process plays both; four
+are planted into two real ranks.
 """
 
 import argparse
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import detectors
 import numpy as np
 import pytest
 import torch
@@ -29,6 +31,7 @@ from dpsgd.checkpoint import Checkpoint, CheckpointStore
 from dpsgd.clipping import PassStatistics, VmapClippedGrad, per_sample_grads
 from dpsgd.data import PoissonSampler
 from dpsgd.kernels import add_gaussian_noise_
+from dpsgd.parallel import Layout, Ranks
 from dpsgd.privacy import DPSGDMechanism, Phase
 from dpsgd.train import Run, TrainState
 from dpsgd.trees import Params
@@ -145,6 +148,45 @@ def same_noise_in_every_step(patch: Patch) -> None:
         return without_noise(mechanism)
 
     patch_release(patch, change)
+
+
+def patch_total(patch: Patch, change: Callable[..., Params]) -> None:
+    """Puts `change(total, layout, clipped_sum)` in the place of the sum over ranks."""
+    total = Layout.total
+    patch.setattr(Layout, "total", lambda *arguments: change(total, *arguments))
+
+
+@defect("the mean over ranks is taken for the sum", "two_ranks_train_like_one")
+def mean_over_ranks(patch: Patch) -> None:
+    def change(total: Any, layout: Layout, clipped_sum: Params) -> Params:
+        summed = total(layout, clipped_sum)
+        return {name: leaf / layout.ranks.size for name, leaf in summed.items()}
+
+    patch_total(patch, change)
+
+
+@defect(
+    "every rank adds noise of its own",
+    "two_ranks_train_like_one",
+    "noise_has_the_promised_size",
+)
+def noise_of_every_rank(patch: Patch) -> None:
+    def change(total: Any, layout: Layout, clipped_sum: Params) -> Params:
+        leaves = [clipped_sum[name] for name in sorted(clipped_sum)]
+        noisy(leaves, std=1.0, key=layout.ranks.rank)
+        return total(layout, clipped_sum)
+
+    patch_total(patch, change)
+
+
+@defect("shards count their noise from 0", "two_ranks_train_like_one")
+def shards_count_from_zero(patch: Patch) -> None:
+    patch.setattr(Layout, "offsets", {})
+
+
+@defect("every rank takes the whole draw", "two_ranks_train_like_one")
+def whole_draw_on_every_rank(patch: Patch) -> None:
+    patch.setattr(Ranks, "share", lambda self, count: slice(0, count))
 
 
 def patch_pass(patch: Patch, change: Callable[..., tuple[Tensor, ...]]) -> None:
@@ -354,6 +396,7 @@ def told_by(name: str, planted: Defect | None) -> tuple[bool, str]:
     with Patch.context() as patch, remembering():
         if planted is not None:
             planted.plant(patch)
+            patch.setattr(detectors, "plant_in_ranks", planted.plant)
         try:
             return False, DETECTORS[name]()
         except Caught as caught:

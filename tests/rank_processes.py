@@ -96,7 +96,7 @@ def without_account() -> Any:
 
 def _start_server() -> None:
     """Starts the server, unless it runs; it finds modules by its environment alone."""
-    _FROM_SERVER.set_forkserver_preload(["rank_processes", "rank_scenarios"])
+    _FROM_SERVER.set_forkserver_preload(["detectors", "rank_scenarios"])
     with mock.patch.dict(os.environ, {"PYTHONPATH": os.pathsep.join(sys.path)}):
         forkserver.ensure_running()
 

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
@@ -11,10 +10,8 @@ from toy_runs import Rows, toy_run, with_draw
 
 import dpsgd.train
 from dpsgd.cli.signals import StopSignal
-from dpsgd.kernels import add_gaussian_noise_
-from dpsgd.parallel import Layout, Ranks
+from dpsgd.parallel import Ranks
 from dpsgd.train import train_step
-from dpsgd.trees import Params
 
 Changes = dict[str, Any]
 
@@ -113,49 +110,3 @@ def diverging(ranks: Ranks) -> str:
         state.params["late"][0] = torch.nan
     dpsgd.train._check_finite(run, state)
     return "finite"
-
-
-def with_defect(
-    ranks: Ranks, defect: str, rows: Rows, options: Changes
-) -> dict[str, Any]:
-    """The linear model's steps, with a defect planted into every rank."""
-    with PLANTED[defect]():
-        return toy_steps(ranks, "fsdp" if "shards" in defect else "ddp", rows, options)
-
-
-def _mean_instead_of_sum() -> Any:
-    total = Layout.total
-
-    def mean(self: Layout, clipped_sum: Params) -> Params:
-        summed = total(self, clipped_sum)
-        return {name: leaf / self.ranks.size for name, leaf in summed.items()}
-
-    return mock.patch.object(Layout, "total", mean)
-
-
-def _noise_of_every_rank() -> Any:
-    total = Layout.total
-
-    def noisy(self: Layout, clipped_sum: Params) -> Params:
-        for leaf, name in enumerate(sorted(clipped_sum)):
-            key = self.ranks.rank
-            add_gaussian_noise_(clipped_sum[name], std=1.0, key=key, leaf=leaf)
-        return total(self, clipped_sum)
-
-    return mock.patch.object(Layout, "total", noisy)
-
-
-def _same_noise_on_all_shards() -> Any:
-    return mock.patch.object(Layout, "offsets", {})
-
-
-def _everything_on_every_rank() -> Any:
-    return mock.patch.object(Ranks, "share", lambda self, count: slice(0, count))
-
-
-PLANTED = {
-    "the mean over ranks is taken for the sum": _mean_instead_of_sum,
-    "every rank adds noise of its own": _noise_of_every_rank,
-    "the same noise on all shards": _same_noise_on_all_shards,
-    "every rank takes the whole draw": _everything_on_every_rank,
-}
