@@ -20,13 +20,14 @@ torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips tests marked `gpu` where there is none."""
-    if torch.cuda.is_available():
-        return
-    reason = "needs a CUDA device: torch.cuda.is_available() is False"
+    """Skips tests marked `gpu`, or `gpu(count)`, where there are not as many."""
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
     for item in items:
-        if "gpu" in item.keywords:
-            item.add_marker(pytest.mark.skip(reason=reason))
+        for mark in item.iter_markers("gpu"):
+            needed = mark.args[0] if mark.args else 1
+            if found < needed:
+                reason = f"needs CUDA devices: {needed}; there are {found}"
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(autouse=True)

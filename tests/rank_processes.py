@@ -1,4 +1,4 @@
-"""Processes that are ranks of one run, on this machine's CPU, joined by gloo.
+"""Processes that are ranks of one run on this machine, joined by gloo, or NCCL on GPUs.
 
 They are forked from a server that has imported everything already, so that starting
 four of them costs less than a second.
@@ -45,7 +45,7 @@ class NoAccount(PRVAccountant):
 class RankGroup:
     """So many ranks, joined once, that play one scenario after the other."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, device: str = "cpu") -> None:
         _start_server()
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -54,7 +54,7 @@ class RankGroup:
         self._ends = [own for own, _ in pipes]
         self._processes = [
             _FROM_SERVER.Process(
-                target=_be_rank, args=(rank, size, port, end), daemon=True
+                target=_be_rank, args=(rank, size, device, port, end), daemon=True
             )
             for rank, (_, end) in enumerate(pipes)
         ]
@@ -101,9 +101,10 @@ def _start_server() -> None:
         forkserver.ensure_running()
 
 
-def _be_rank(rank: int, size: int, port: int, end: Any) -> None:
+def _be_rank(rank: int, size: int, device: str, port: int, end: Any) -> None:
     """Plays one rank until there is nothing left to play."""
     torch.set_num_threads(1)
+    torch.backends.cudnn.allow_tf32 = False  # it rounds float32 images to 10 bits
     os.environ |= {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
@@ -112,7 +113,7 @@ def _be_rank(rank: int, size: int, port: int, end: Any) -> None:
         "WORLD_SIZE": str(size),
     }
     # Joined for shards, ranks can keep whole leaves as well.
-    config = small_config({"runtime.parallel": "fsdp"})
+    config = small_config({"runtime.parallel": "fsdp", "runtime.device": device})
     with without_account(), joined(config) as ranks:
         while (task := end.recv()) is not None:
             scenario, arguments = task
@@ -125,7 +126,7 @@ def _be_rank(rank: int, size: int, port: int, end: Any) -> None:
 
 def arrays(leaves: Params) -> Arrays:
     """Tensors as what one process can hand to another."""
-    return {name: leaf.numpy().copy() for name, leaf in leaves.items()}
+    return {name: leaf.cpu().numpy().copy() for name, leaf in leaves.items()}
 
 
 def run_of_ranks(

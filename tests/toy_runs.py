@@ -110,7 +110,8 @@ def toy_run(
     streams = RandomStreams.from_seed(seed)
     ranks = ranks or Ranks()
     leaves = {"first": rows.shape[1] - 2, "idle": num_idle, "late": 2}
-    layout, params = laid_out(Leaves(leaves), ranks, config.runtime.parallel)
+    model = Leaves(leaves).to(ranks.device)
+    layout, params = laid_out(model, ranks, config.runtime.parallel)
     run = Run(
         config=config,
         mechanism=mechanism,
@@ -125,7 +126,7 @@ def toy_run(
             streams=streams,
             microbatch_size=microbatch_size,
             dtype=torch.float32,
-            device=torch.device("cpu"),
+            device=ranks.device,
             share=ranks.share,
         ),
         grad_fn=clipped_grad(linear_loss, clipping_norm=1.0),

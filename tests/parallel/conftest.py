@@ -1,4 +1,4 @@
-"""Groups of two and four ranks, which all tests of this folder share."""
+"""Groups of ranks, which all tests of this folder share."""
 
 from collections.abc import Callable, Iterator
 
@@ -7,14 +7,14 @@ from rank_processes import RankGroup
 
 
 @pytest.fixture(scope="session")
-def ranks() -> Iterator[Callable[[int], RankGroup]]:
-    """A group of a size, started when it is first asked for."""
-    groups: dict[int, RankGroup] = {}
+def ranks() -> Iterator[Callable[..., RankGroup]]:
+    """A group of a size, on the CPU or on GPUs, started when it is first asked for."""
+    groups: dict[tuple[int, str], RankGroup] = {}
 
-    def of(size: int) -> RankGroup:
-        if size not in groups:
-            groups[size] = RankGroup(size)
-        return groups[size]
+    def of(size: int, device: str = "cpu") -> RankGroup:
+        if (size, device) not in groups:
+            groups[size, device] = RankGroup(size, device)
+        return groups[size, device]
 
     yield of
     for group in groups.values():

@@ -1,5 +1,6 @@
 """What ranks do in the tests: each function is played by every rank."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,11 @@ from dpsgd.parallel import Ranks
 from dpsgd.train import train_step
 
 Changes = dict[str, Any]
+
+
+def by_itself(ranks: Ranks, scenario: Callable[..., Any], *arguments: Any) -> Any:
+    """A scenario of a run that nobody joins, where this rank would compute."""
+    return scenario(Ranks(device=ranks.device), *arguments)
 
 
 def toy_steps(ranks: Ranks, mode: str, rows: Rows, options: Changes) -> dict[str, Any]:

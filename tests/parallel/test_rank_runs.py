@@ -241,6 +241,24 @@ def test_a_run_that_loses_a_rank_ends_at_once_and_goes_on_by_itself(
             np.testing.assert_array_equal(found, leaf, err_msg=name)
 
 
+@pytest.mark.gpu(2)
+def test_a_run_that_loses_a_gpu_goes_on_by_itself(tmp_path: Path) -> None:
+    changes = {
+        **SMALL,
+        "runtime.parallel": "fsdp",
+        "runtime.device": "cuda",
+        "train.num_steps": 4,
+        "eval.every": 4,
+    }
+    config = write_config(tmp_path, changes)
+    script = ROOT / "tests" / "parallel" / "dying_train.py"
+    done = torchrun("--max-restarts=1", script, config, "--run-dir", tmp_path / "run")
+
+    assert done.returncode == 0, done.stderr
+    assert f"exitcode: -{int(signal.SIGKILL)}" in done.stderr
+    assert [line["step"] for line in read_lines(tmp_path / "run/metrics.jsonl")] == [4]
+
+
 def test_a_restarted_process_leaves_the_runs_of_others_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
