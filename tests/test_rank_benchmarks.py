@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small_runs import benchmark_of, write_config
+from small_runs import ROOT, benchmark_of, write_config
 
+from dpsgd.config import load_config
 from dpsgd.parallel import Ranks
 
 SMALL = {
@@ -168,3 +169,81 @@ def test_what_is_unequal_is_told(tmp_path: Path) -> None:
         assert row[what] != untouched[what]
         assert not equality.is_equal(row)
     assert not row["restored_by_one"]  # what was stretched is not what was saved
+
+
+IMAGENET = ROOT / "configs" / "imagenet_nf-resnet-50_eps8.yaml"
+
+
+def write_scaling(folder: Path, *, settings: list[str], modes: list[str]) -> Path:
+    """Writes what scaling.py would save: 100 views/s, and 0.5 s a step that stay."""
+    rows = [{"parallel": "none", "ranks": 1, "views_per_second": 100.0}]
+    views = 800
+    for mode in modes:
+        for ranks in (1, 2, 8):
+            seconds = views / (100 * ranks) + 0.5
+            row = {"seconds_per_step": seconds, "views_per_second": views / seconds}
+            rows.append({"parallel": mode, "ranks": ranks, **row})
+    path = folder / "scaling.json"
+    facts = {"config": str(IMAGENET), "set": settings, "rows": rows}
+    path.write_text(json.dumps(facts))
+    return path
+
+
+def test_the_cost_of_a_run_follows_from_what_was_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_cost = benchmark_of("run_cost")
+    config = load_config(IMAGENET)
+    smaller = ["privacy.expected_batch_size=200", "train.seed=0"]
+    path = write_scaling(tmp_path, settings=smaller, modes=["ddp"])
+    speed, rest = run_cost.read_measured(path, config, "ddp")
+    assert (speed, rest) == pytest.approx((100, 0.5))
+
+    row = run_cost.cost(config, 256, speed=speed, rest=rest)
+    seconds = 16_384 * 4 / 256 / 100 + 0.5
+    assert row["seconds_per_step"] == pytest.approx(seconds)
+    assert row["efficiency"] == pytest.approx(2.56 / seconds)
+    assert row["days"] == pytest.approx(71_589 * seconds / 86_400)
+    assert row["gpu_hours"] == pytest.approx(256 * 24 * row["days"])
+
+    monkeypatch.setattr(sys, "argv", ["run_cost", str(IMAGENET), str(path)])
+    run_cost.main()
+    shown = capsys.readouterr().out
+    assert "4,691,656,704 views" in shown
+    assert f"{row['gpu_hours']:,.0f}" in shown
+
+
+@pytest.mark.parametrize(
+    ("settings", "modes", "arguments", "told"),
+    [
+        ([], ["fsdp"], [], "has no row of ddp on several ranks"),
+        ([], [], [], "has no row of ddp on several ranks"),
+        (["model.depth=101"], ["ddp"], [], "measured another network"),
+        (["data.augmentation_multiplicity=1"], ["ddp"], [], "or number of views"),
+        ([], ["ddp"], ["--ranks", "0"], "--ranks=0: must be at least 1"),
+    ],
+    ids=str,
+)
+def test_a_cost_that_nothing_measured_supports_is_refused(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    settings: list[str],
+    modes: list[str],
+    arguments: list[str],
+    told: str,
+) -> None:
+    path = write_scaling(tmp_path, settings=settings, modes=modes)
+    command = ["run_cost", str(IMAGENET), str(path), *arguments]
+    monkeypatch.setattr(sys, "argv", command)
+
+    with pytest.raises(SystemExit):
+        benchmark_of("run_cost").main()
+    assert told in capsys.readouterr().err
+
+
+def test_a_cost_without_a_measurement_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "missing.json"
+
+    with pytest.raises(ValueError, match=r"missing\.json: is nothing that benchmarks/"):
+        benchmark_of("run_cost").read_measured(path, load_config(IMAGENET), "ddp")
