@@ -3,8 +3,8 @@
 | | whole on a rank | in shards of 1/W |
 |--|--|--|
 | at rest | frozen tensors, parameters that are scalars | parameters, momenta, average |
-| from the first pass of a step to its sum | parameters, sum of clipped gradients | |
-| in the sum over ranks | one leaf of the sum more | |
+| in the passes of a step | parameters, sum of clipped gradients | |
+| in the sum over ranks | sum of clipped gradients, one leaf more | |
 | in noise, update, average | | sum of clipped gradients |
 | in an evaluation | the weights that are measured | |
 
