@@ -1,6 +1,7 @@
 """Fused operators, one a file: a Triton kernel beside its PyTorch reference.
 
-Each public function runs its reference on the CPU and launches its kernel on CUDA.
+Each public function launches its kernel on CUDA and runs its reference on the CPU, or,
+for the norm, a path of its own that is kept in the cache.
 `TRITON_INTERPRET=1` runs the kernels on a CPU too.
 """
 

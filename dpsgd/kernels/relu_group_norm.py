@@ -11,6 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dpsgd.kernels.dispatch import runs_on_triton
+from dpsgd.kernels.relu_group_norm_cpu import (
+    relu_group_norm_backward_cpu,
+    relu_group_norm_cpu,
+)
 from dpsgd.kernels.relu_group_norm_triton import (
     Affine,
     relu_group_norm_backward_triton,
@@ -20,8 +24,10 @@ from dpsgd.kernels.relu_group_norm_triton import (
 __all__ = [
     "Affine",
     "relu_group_norm_backward",
+    "relu_group_norm_backward_cpu",
     "relu_group_norm_backward_reference",
     "relu_group_norm_backward_triton",
+    "relu_group_norm_cpu",
     "relu_group_norm_forward",
     "relu_group_norm_reference",
     "relu_group_norm_triton",
@@ -52,7 +58,8 @@ def relu_group_norm_forward(
         if there is a residual, else None; (N, groups) mean; (N, groups) reciprocal
         standard deviation, both float32 or wider.
     """
-    run = relu_group_norm_triton if _has_kernel(x) else relu_group_norm_reference
+    run = relu_group_norm_cpu if x.is_cpu else relu_group_norm_reference
+    run = relu_group_norm_triton if _has_kernel(x) else run
     return run(x, bias, residual, affines, num_groups=num_groups, eps=eps)
 
 
@@ -80,9 +87,9 @@ def relu_group_norm_backward(
         (N, C, H, W) gradient of the sum, in its type; then, float32 or wider and for
         every image, (N, C) gradients of each scale, of each shift, and of the bias.
     """
-    on_triton = _has_kernel(total)
-    run = relu_group_norm_backward_triton
-    run = run if on_triton else relu_group_norm_backward_reference
+    run = relu_group_norm_backward_reference
+    run = relu_group_norm_backward_cpu if total.is_cpu else run
+    run = relu_group_norm_backward_triton if _has_kernel(total) else run
     return run(total, bias, grads_y, grad_total, mean, rstd, scales)
 
 

@@ -9,11 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dpsgd.kernels import relu_group_norm_cpu as walking
 from dpsgd.kernels import relu_group_norm_triton as launching
 from dpsgd.kernels.relu_group_norm import (
     Affine,
+    relu_group_norm_backward_cpu,
     relu_group_norm_backward_reference,
     relu_group_norm_backward_triton,
+    relu_group_norm_cpu,
     relu_group_norm_reference,
     relu_group_norm_triton,
 )
@@ -21,6 +24,7 @@ from dpsgd.kernels.relu_group_norm import (
 EPS = 1e-5
 RUNS = {
     "reference": (relu_group_norm_reference, relu_group_norm_backward_reference),
+    "cpu": (relu_group_norm_cpu, relu_group_norm_backward_cpu),
     "triton": (relu_group_norm_triton, relu_group_norm_backward_triton),
 }
 
@@ -189,6 +193,27 @@ def test_outputs_and_gradients_of_each_image_are_those_of_autograd(
 
 
 @pytest.mark.parametrize("addends", [PLAIN, FULL], ids=str)
+def test_many_images_are_taken_a_few_at_a_time(
+    addends: Addends, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = SHAPES[0]
+    two_images = 2 * shape.channels * shape.height * shape.width
+    monkeypatch.setattr(walking, "_ELEMENTS", two_images)  # and one is left over
+    inputs = inputs_of(shape, addends, torch.device("cpu"))
+
+    assert_near(by_operators(inputs, 16, "cpu"), by_autograd(inputs, 16))
+
+
+def test_channels_last_images_stay_so_on_the_cpu() -> None:
+    inputs = inputs_of(SHAPES[0], FULL, torch.device("cpu"))
+    x = inputs.x.contiguous(memory_format=torch.channels_last)
+    found = by_operators(inputs._replace(x=x), 16, "cpu")
+
+    for key in ("y_0", "y_1", "total", "grad_x"):
+        assert found[key].is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("addends", [PLAIN, FULL], ids=str)
 @pytest.mark.parametrize("shape", SHAPES[:2], ids=str)
 def test_images_larger_than_a_tile_are_walked_over(
     shape: Shape,
@@ -304,7 +329,8 @@ def test_gradients_of_bfloat16_images_are_summed_in_float32(
         torch.testing.assert_close(found[key], expected[key], rtol=1e-4, atol=1e-5)
 
 
-def test_the_reference_is_exact_in_float64() -> None:
+@pytest.mark.parametrize("name", ["reference", "cpu"])
+def test_float64_is_exact(name: str) -> None:
     inputs = inputs_of(SHAPES[0], FULL, torch.device("cpu"))
     assert inputs.bias is not None
     assert inputs.residual is not None
@@ -317,7 +343,7 @@ def test_the_reference_is_exact_in_float64() -> None:
         tuple(grad.double() for grad in inputs.grads_y),
         inputs.grad_total.double(),
     )
-    found = by_operators(wide, 16, "reference")
+    found = by_operators(wide, 16, name)
     expected = by_autograd(wide, 16)
 
     for key, one in expected.items():
