@@ -118,12 +118,12 @@ def standardize_reference(
     weight: Tensor, gain: Tensor, dtype: torch.dtype, *, scale: float = 1.0
 ) -> tuple[Tensor, Standardization]:
     """Does what `standardize` does, in PyTorch."""
-    fan_in = math.prod(weight.shape[1:])
-    variance, mean = torch.var_mean(weight, dim=(1, 2, 3), correction=0, keepdim=True)
-    squared_norm = variance * fan_in
+    # Not torch.var_mean, which takes ten times as long on the CPU.
+    centred = weight - weight.mean((1, 2, 3), keepdim=True)
+    squared_norm = centred.square().sum((1, 2, 3), keepdim=True)
     factor = torch.rsqrt(squared_norm.clamp(min=_EPS)) * scale
     follows = (squared_norm >= _EPS).to(weight.dtype) / scale**2
-    unit = (weight - mean) * factor
+    unit = centred * factor
     effective = (unit * gain.view(-1, 1, 1, 1)).to(dtype)
     return effective, Standardization(unit, factor.flatten(), follows.flatten(), gain)
 
@@ -138,9 +138,15 @@ def unstandardize_reference_(grads: Tensor, standardization: Standardization) ->
 def unstandardized_norms_reference(
     grads: Tensor, standardization: Standardization
 ) -> Tensor:
-    """Does what `unstandardized_norms` does, in PyTorch."""
-    raw, along = _unstandardized(grads, standardization)
-    return raw.square().sum((1, 2)) + along.square().sum(1)
+    """Does what `unstandardized_norms` does, in PyTorch.
+
+    One example after the other, whose gradient then stays in a CPU's cache.
+    """
+    squares = []
+    for grad in grads.split(1):
+        raw, along = _unstandardized(grad, standardization)
+        squares.append(raw.square_().sum((1, 2)) + along.square().sum(1))
+    return torch.cat(squares)
 
 
 def _unstandardized(
@@ -150,10 +156,10 @@ def _unstandardized(
     unit, factor, follows, gain = standardization
     flat = grads.flatten(2).to(torch.promote_types(grads.dtype, torch.float32))
     direction = unit.flatten(1)  # (O, F)
-    along = torch.einsum("mof,of->mo", flat, direction)
-    mean = flat.mean(2, keepdim=True)
-    projected = flat - mean - (follows * along)[:, :, None] * direction
-    return projected * (gain * factor)[:, None], along
+    along = (flat * direction).sum(2)
+    raw = flat - flat.mean(2, keepdim=True)
+    raw.addcmul_((follows * along)[:, :, None], direction, value=-1)
+    return raw.mul_((gain * factor)[:, None]), along
 
 
 def standardize_triton(
