@@ -8,7 +8,6 @@ all its views; it is stored, or only measured, or added up over the examples.
 
 import torch
 from torch import Tensor
-from torch.nn.grad import conv2d_weight
 
 from dpsgd.kernels.conv_weight_grad_triton import (
     conv_weight_grad_moments_triton,
@@ -116,17 +115,25 @@ def conv_weight_grad_reference(
     """
     side, stride, padding, groups = geometry
     wide = torch.promote_types(x.dtype, torch.float32)
-    shape = (grad_y.shape[2], x.shape[2] // groups, side, side)
-    grads = x.new_empty(len(x), shape[0], side, side, shape[1], dtype=dtype or wide)
+    shape = (grad_y.shape[2], side, side, x.shape[2] // groups)
+    grads = x.new_empty(len(x), *shape, dtype=dtype or wide)
+    # Only its shape and layout are read. torch.nn.grad.conv2d_weight makes one without
+    # a layout, of which each example would take a copy.
+    like_weight = x.new_empty(shape, dtype=wide).permute(0, 3, 1, 2)
     for index, (images, grad_images) in enumerate(zip(x, grad_y, strict=True)):
-        weight_grad = conv2d_weight(
-            images.to(wide),
-            shape,
+        weight_grad = torch.ops.aten.convolution_backward(
             grad_images.to(wide),
-            stride=stride,
-            padding=padding,
-            groups=groups,
-        )
+            images.to(wide),
+            like_weight,
+            None,
+            [stride, stride],
+            [padding, padding],
+            [1, 1],
+            False,
+            [0, 0],
+            groups,
+            [False, True, False],
+        )[1]
         grads[index] = weight_grad.permute(0, 2, 3, 1)
     return grads
 
