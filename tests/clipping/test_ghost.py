@@ -79,7 +79,7 @@ def test_both_engines_agree_on_the_network(
     settings: dict[str, object],
     threshold: int,
 ) -> None:
-    monkeypatch.setattr(norm_rules, "_POSITIONS_PER_BYTE", threshold)
+    monkeypatch.setitem(norm_rules._POSITIONS_PER_BYTE, "cpu", threshold)
     model = tiny_network(**settings)
 
     assert_same(*both(per_example_loss(model), moved(model), *batch()))
@@ -103,7 +103,7 @@ def test_float64_agrees_to_float64(tiny_network: Network) -> None:
 def test_padding_and_examples_that_are_not_finite_add_nothing(
     tiny_network: Network, monkeypatch: pytest.MonkeyPatch, threshold: int
 ) -> None:
-    monkeypatch.setattr(norm_rules, "_POSITIONS_PER_BYTE", threshold)
+    monkeypatch.setitem(norm_rules._POSITIONS_PER_BYTE, "cpu", threshold)
     model = tiny_network()
     params, loss_fn = moved(model), per_example_loss(model)
     views, labels = batch()

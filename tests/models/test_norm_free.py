@@ -155,7 +155,7 @@ def test_network_is_the_recipe_written_out(name: str) -> None:
 def test_both_engines_agree_with_the_loop_over_examples(
     name: str, threshold: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(norm_rules, "_POSITIONS_PER_BYTE", threshold)
+    monkeypatch.setitem(norm_rules._POSITIONS_PER_BYTE, "cpu", threshold)
     settings = {"stochastic_depth": RATE, "compute_dtype": torch.float64}
     model = network(name, **settings).double()
     params = trainable_params(model)
