@@ -8,8 +8,11 @@ more is formed in the same order every time is nothing to rest a guarantee on.
 """
 
 import dataclasses
+import functools
+import hashlib
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, get_type_hints
 
 import torch
@@ -148,6 +151,7 @@ def arithmetic_of(
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "num_threads": torch.get_num_threads(),
         "torch": torch.__version__,
+        "code": _code(),
         "microbatch_size": plan.microbatch_size,
         "engine": config.runtime.engine,
         "execution": config.runtime.execution,
@@ -156,6 +160,18 @@ def arithmetic_of(
         "parallel": config.runtime.parallel,
         "num_ranks": num_ranks,
     }
+
+
+@functools.cache
+def _code() -> str:
+    """Returns the identity of this package's source, any of which may round."""
+    package = Path(__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        content = path.read_bytes()
+        digest.update(f"{path.relative_to(package)} {len(content)}\n".encode())
+        digest.update(content)
+    return digest.hexdigest()
 
 
 def continued_streams(

@@ -23,6 +23,7 @@ from small_runs import (
     write_config,
 )
 
+import dpsgd.resumption
 import dpsgd.train
 from dpsgd.checkpoint import read_tensors, write_tensors
 from dpsgd.config import with_absolute_paths
@@ -139,7 +140,11 @@ def wait_for(process: "subprocess.Popen[str]", ready: Callable[[], bool]) -> Non
 
 
 @pytest.mark.slow
-def test_a_run_killed_at_any_moment_ends_bit_identical(tmp_path: Path) -> None:
+def test_a_run_killed_at_any_moment_ends_bit_identical(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Sums round by the number of threads, which conftest.py sets in this process.
+    monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))
     changes = {
         "train.num_steps": 40,
         "eval.every": 5,
@@ -298,6 +303,25 @@ def test_noise_keeps_its_key_only_where_steps_are_repeated_bit_for_bit(
     weights = [read_tensors(run / "model.safetensors")[0] for run in (stopped, other)]
     # The same noise would leave a difference of rounding, which shows the data.
     assert not torch.allclose(*(one["last/classifier.bias"] for one in weights))
+
+
+def test_another_version_of_the_code_repeats_no_noise(
+    stopped: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which of its lines round, nobody can tell: any of them may."""
+    package = stopped.parent / "package"
+    shutil.copytree(ROOT / "dpsgd" / "kernels", package / "kernels")
+    monkeypatch.setattr(dpsgd.resumption, "__file__", str(package / "resumption.py"))
+    identities = set()
+    for line in ("", "# another line"):
+        with (package / "kernels" / "make_views.py").open("a") as file:
+            file.write(line)
+        identities.add(dpsgd.resumption._code.__wrapped__())
+    assert len(identities) == 2
+
+    monkeypatch.setattr(dpsgd.resumption, "_code", lambda: "another")
+    assert dpsgd_train("--resume", stopped) == 0
+    assert len(noise_nonce(stopped)) == 32
 
 
 def test_steps_that_were_shown_are_not_taken_again_with_other_noise(
