@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dpsgd.assembly import assemble
-from dpsgd.audit import audit
+from dpsgd.audit import audit, audited_config
 from dpsgd.checkpoint import CheckpointStore
 from dpsgd.config import load_config
 from dpsgd.data import load_datasets
@@ -52,7 +52,7 @@ def measure(
 ) -> dict[str, Any]:
     """Audits one run from seed 0."""
     overrides = [*settings, f"privacy.target_epsilon={epsilon}", "train.seed=0"]
-    config = load_config(CONFIG, overrides)
+    config = audited_config(load_config(CONFIG, overrides), canaries[0])
     with tempfile.TemporaryDirectory() as folder:
         store = CheckpointStore(Path(folder), keep=1)
         run, state, plan = assemble(config, store=store)

@@ -45,9 +45,25 @@ from dpsgd.train import (
 )
 from dpsgd.trees import zeros_like
 
-__all__ = ["audit"]
+__all__ = ["audit", "audited_config"]
 
 _LOSSES_AT_ONCE = 500
+
+
+def audited_config(config: Config, num_gradient_canaries: int) -> Config:
+    """Returns the settings of a run that canaries can be planted into.
+
+    Gradient canaries use parameters beside the layers, which the ghost engine cannot
+    follow: their runs take the other one. Image canaries leave the engine as it is.
+
+    Args:
+        config: Of the run to be audited.
+        num_gradient_canaries: Canaries with a gradient of their own, >= 0.
+    """
+    if not num_gradient_canaries:
+        return config
+    runtime = dataclasses.replace(config.runtime, engine="vmap")
+    return dataclasses.replace(config, runtime=runtime)
 
 
 def audit(
@@ -64,7 +80,8 @@ def audit(
     """Plants canaries into a run, takes all its steps, and guesses which were in.
 
     Args:
-        run: Assembled for this audit alone: its engine learns the canaries' loss.
+        run: Assembled for this audit alone, of `audited_config`: its engine learns the
+            canaries' loss.
         state: Its state before the first step; changed in place.
         splits: Its data.
         num_classes: Outputs of its network.

@@ -41,6 +41,7 @@ from dpsgd.parallel import Ranks
 from dpsgd.privacy import Phase, Trials, estimate_epsilon
 from dpsgd.privacy.bounds import gaussian_epsilon
 from dpsgd.rng import RandomStreams
+from dpsgd.trees import zeros_like
 
 # A sound step fails with probability 6e-5 a statistic; seeds are fixed, so that what
 # passes stays so. The planted defects lie twice as far out or more.
@@ -138,6 +139,31 @@ def one_example_moves_the_sum_by_at_most_the_sensitivity() -> str:
     told = f"one example moved the sum by {largest:.4f} of the sensitivity"
     require(largest <= 1 + SLACK, told)
     require(largest >= 1 - SLACK, f"{told}: it never reached it")
+    return told
+
+
+@detector
+def norms_taken_layer_by_layer_bound_every_example() -> str:
+    """The ghost engine, which stores no gradient that it could look at again."""
+    changes = {
+        "runtime.engine": "ghost",
+        "privacy.clipping_norm": 0.1,  # below every norm
+        "data.augmentation": "crop_flip",
+        "data.crop_padding": 1,
+        "data.augmentation_multiplicity": 2,
+    }
+    with tempfile.TemporaryDirectory() as name:
+        run, state, _ = start(Path(name), {**SMALLEST, **changes})
+    lengths = []
+    for row in range(10):
+        total = zeros_like(state.params)
+        for *batch, mask in run.load_views(np.array([row]), 0):
+            run.grad_fn.accumulate(total, state.params, *batch, mask=mask)
+        lengths.append(float(np.linalg.norm(flat(total))))
+    largest = max(lengths) / run.mechanism.l2_sensitivity
+    told = f"a clipped gradient has {largest:.4f} of the sensitivity"
+    require(largest <= 1 + SLACK, told)
+    require(min(lengths) >= max(lengths) * (1 - SLACK), f"{told}, another has less")
     return told
 
 

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from small_runs import ROOT, remembering
 from torch import Tensor
 
+import dpsgd.clipping.ghost
 import dpsgd.clipping.vmap
 import dpsgd.train
 from dpsgd.checkpoint import Checkpoint, CheckpointStore
@@ -287,6 +288,22 @@ def parameter_left_out_of_the_norm(patch: Patch) -> None:
         return norms_of({name: grads[name] for name in names})
 
     patch_norms(patch, change)
+
+
+@defect(
+    "a layer is left out of the ghost engine's norm",
+    "norms_taken_layer_by_layer_bound_every_example",
+)
+def layer_left_out_of_the_ghost_norm(patch: Patch) -> None:
+    norms_of = dpsgd.clipping.ghost._LayerByLayer.per_sample_norms
+
+    def change(self: Any) -> Tensor:
+        self._layers, layers = self._layers[1:], self._layers
+        norms = norms_of(self)
+        self._layers = layers
+        return norms
+
+    patch.setattr(dpsgd.clipping.ghost._LayerByLayer, "per_sample_norms", change)
 
 
 @defect(

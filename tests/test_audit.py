@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from small_runs import small_config, start
 
-from dpsgd.audit import audit
+from dpsgd.audit import audit, audited_config
 from dpsgd.data import DataSplits, ImageDataset, load_datasets
 from dpsgd.errors import ConfigError
 from dpsgd.privacy import AuditResult
@@ -38,7 +38,9 @@ EVERY_STEP_MATTERS = {
 def audited(
     folder: Path, changes: dict[str, Any], *, gradients: int = 100, images: int = 0
 ) -> tuple[AuditResult, Run]:
-    run, state, plan = start(folder, {**SMALL, **changes})
+    config = audited_config(small_config({**SMALL, **changes}), gradients)
+    engine = {"runtime.engine": config.runtime.engine}
+    run, state, plan = start(folder, {**SMALL, **changes, **engine})
     result = audit(
         run,
         state,
@@ -127,6 +129,13 @@ def test_image_canaries_that_are_in_are_learned(
     assert [*result.canaries] == ["images"]
     # Four standard deviations of the difference of two means of 100 scores.
     assert falls[0] > falls[1] + 4 * found.scores.std() * np.sqrt(4 / 200)
+
+
+def test_only_gradient_canaries_choose_the_engine() -> None:
+    config = small_config()
+
+    assert audited_config(config, 0) is config
+    assert audited_config(config, 1).runtime.engine == "vmap"
 
 
 def test_an_audit_writes_no_weights(tmp_path: Path) -> None:

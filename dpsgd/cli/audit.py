@@ -1,7 +1,6 @@
 """`bin/dpsgd-audit`: tries to refute the epsilon of a run, with canaries."""
 
 import argparse
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime
@@ -11,7 +10,7 @@ from typing import Any, Final
 from rich.console import Console
 
 from dpsgd.assembly import assemble
-from dpsgd.audit import audit
+from dpsgd.audit import audit, audited_config
 from dpsgd.checkpoint import CheckpointStore, write_atomically
 from dpsgd.cli.errors import UsageParser, exit_code
 from dpsgd.config import Config, config_to_dict, load_config, with_absolute_paths
@@ -129,9 +128,7 @@ def _audit(
 ) -> tuple[AuditResult, Run]:
     """Assembles the run and audits it."""
     store = CheckpointStore(directory.checkpoints, keep=1)  # nothing is saved
-    # Canaries use parameters beside the layers, which the ghost engine cannot follow.
-    runtime = dataclasses.replace(config.runtime, engine="vmap")
-    config = dataclasses.replace(config, runtime=runtime)
+    config = audited_config(config, arguments.gradient_canaries)
     splits = load_datasets(config.data)
     held_in_memory(splits.train)  # canaries are planted among its images
     run, state, plan = assemble(config, store=store)
