@@ -23,7 +23,7 @@ def build_gradient_engine(config: Config, plan: Plan, model: nn.Module) -> Clipp
         clipping_norm=plan.mechanism.clipping_norm,
         rescale_to_unit_norm=plan.mechanism.rescale_to_unit_norm,
         microbatch_size=plan.microbatch_size,
-        engine=_engine(config, plan),
+        engine=_engine(config),
         execution=execution_of(config, plan),
     )
 
@@ -38,8 +38,8 @@ def loss_of(config: Config, model: nn.Module) -> LossFn:
     return loss(model, label_smoothing=config.train.label_smoothing)
 
 
-def _engine(config: Config, plan: Plan) -> Engine:
-    """Returns how per-sample gradients are bounded, which `auto` leaves to the device.
+def _engine(config: Config) -> Engine:
+    """Returns how per-sample gradients are bounded, and what `auto` takes.
 
     Raises:
         ConfigError: The ghost engine is asked for with torch.compile, or for secure
@@ -58,9 +58,7 @@ def _engine(config: Config, plan: Plan) -> Engine:
         raise ConfigError(fault("runtime.engine", "ghost", rule, remedy))
     if runtime.engine != "auto":
         return runtime.engine
-    # On features a pass is one matrix product, if no example's gradient is stored.
-    is_worth_it = plan.device.type == "cuda" or runtime.feature_cache is not None
-    return "ghost" if is_worth_it and not is_compiled and not is_secure else "vmap"
+    return "vmap" if is_compiled or is_secure else "ghost"
 
 
 def execution_of(config: Config, plan: Plan) -> Execution:

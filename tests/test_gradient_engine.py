@@ -23,9 +23,12 @@ class OnCuda:
         unit, clipping_norm, rescale_to_unit_norm = "example", 1.0, True
 
 
-def chosen(**changes: Any) -> tuple[type, str]:
+class OnCpu(OnCuda):
+    device = torch.device("cpu")
+
+
+def chosen(plan: Any = OnCuda, **changes: Any) -> tuple[type, str]:
     config = small_config({name.replace("__", "."): v for name, v in changes.items()})
-    plan: Any = OnCuda
     engine = build_gradient_engine(config, plan, torch.nn.Linear(1, 1))
     return type(engine), execution_of(config, plan)
 
@@ -34,6 +37,11 @@ def test_cuda_gets_the_ghost_engine_recorded() -> None:
     assert chosen() == (GhostClippedGrad, "cuda_graph")
     assert chosen(runtime__execution="compile") == (VmapClippedGrad, "compile")
     assert chosen(runtime__engine="vmap") == (VmapClippedGrad, "cuda_graph")
+
+
+def test_a_cpu_gets_the_ghost_engine_eagerly() -> None:
+    assert chosen(OnCpu) == (GhostClippedGrad, "eager")
+    assert chosen(OnCpu, runtime__execution="compile") == (VmapClippedGrad, "compile")
 
 
 def test_secure_noise_gets_the_engine_that_sums_in_float64() -> None:

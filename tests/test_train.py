@@ -100,7 +100,9 @@ def test_train_step_is_algorithm_1_bit_for_bit(tmp_path: Path, warmup: float) ->
     run, state, _ = start(tmp_path, {**TWO_VIEWS, "ema.warmup": warmup})
     config = run.config
     loss_fn = per_example_loss(network(config, run))
-    grad_fn = clipped_grad(loss_fn, clipping_norm=0.7, rescale_to_unit_norm=True)
+    grad_fn = clipped_grad(
+        loss_fn, clipping_norm=0.7, rescale_to_unit_norm=True, engine="ghost"
+    )
     params, ema = copies(state.params), copies(state.params)
     for step in range(3):
         total = {name: torch.zeros_like(leaf) for name, leaf in params.items()}
@@ -141,7 +143,7 @@ def test_clipped_sum_is_that_of_a_loop_over_examples(
             scale = min(1.0, 0.7 / float(norm)) / 0.7
             for total, grad in zip(expected.values(), grads, strict=True):
                 total += scale * grad
-    # vmap sums in another order than a loop: float32 rounding of about 16 terms.
+    # The engine sums in another order than a loop: float32 rounding of about 16 terms.
     assert_same(sums[0]["clipped_sum"], expected, 2e-5)
 
 

@@ -326,8 +326,8 @@ class RuntimeConfig:
 
     engine: Literal["auto", "vmap", "ghost"] = "auto"
     """How gradients of examples are bounded: `vmap` holds those of a pass, `ghost`
-    takes norms layer by layer and stores what is cheap to store. `auto` is `ghost` on
-    CUDA, unless passes are compiled."""
+    takes norms layer by layer and stores what is cheap to store. `auto` is `ghost`,
+    unless passes are compiled or noise is secure."""
 
     execution: Literal["auto", "eager", "compile", "cuda_graph"] = "auto"
     """How the gradient pass runs: operator by operator, compiled with torch.compile, or
