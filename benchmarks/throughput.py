@@ -1,7 +1,8 @@
 """Views per second of one pass: ours, plain vmap(grad), Opacus, and without privacy.
 
-One process, the same shapes for every path; warm-up, then the median of 20 passes.
-A pass is forward, backward and, with privacy, the clipped sum of one microbatch.
+One process, the same shapes for every path; warm-up, then the median of 20 passes. On
+a CPU the paths take turns, a pass each in every round. A pass is forward, backward and,
+with privacy, the clipped sum of one microbatch.
 
     pip install opacus
     python benchmarks/throughput.py --save benchmarks/results/throughput_NAME.json \
@@ -215,55 +216,104 @@ PATHS: dict[str, Contender] = {
 
 
 def seconds(run: Callable[[], Any], device: torch.device) -> float:
-    """Returns the median time of a pass."""
-    on_gpu = device.type == "cuda"
-    times = []
-    for index in range(WARM_UPS + PASSES):
-        started = time.perf_counter()
-        run()
-        if on_gpu:
-            torch.cuda.synchronize()
-        if index >= WARM_UPS:
-            times.append(time.perf_counter() - started)
-    return statistics.median(times)
+    """Returns the time of one pass."""
+    started = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
 
 
-def measure(name: str, path: str, device: torch.device) -> dict[str, Any]:
-    """Measures one path on one work, in bfloat16 on CUDA and float32 on the CPU."""
-    work = WORK[name]
+def operators_of(path: str) -> contextlib.AbstractContextManager[None]:
+    """Returns the context in which a path is built and taken."""
+    ours = PATHS[path].uses_our_operators
+    return contextlib.nullcontext() if ours else plain_operators()
+
+
+def prepared(work: Work, path: str, device: torch.device) -> Callable[[], Any]:
+    """Returns a pass of a path, in bfloat16 on CUDA and float32 on the CPU."""
     num_examples, num_views = work.examples_on(device), work.views
     dtype = "bfloat16" if device.type == "cuda" else "float32"
-    contender = PATHS[path]
-    model = contender.network(work, dtype).to(device)
+    model = PATHS[path].network(work, dtype).to(device)
     shape = (num_examples, num_views, 3, work.side, work.side)
     images = torch.randn(shape, device=device, dtype=getattr(torch, dtype))
     images = images.flatten(0, 1).contiguous(memory_format=torch.channels_last)
     images = images.unflatten(0, shape[:2])  # as the loader lays them out
     labels = torch.randint(work.classes, (num_examples,), device=device)
+    return PATHS[path].build(model, images, labels)
+
+
+def rounds(
+    work: Work, paths: list[str], device: torch.device
+) -> list[dict[str, float]]:
+    """Returns seconds of every path in every round, one pass each.
+
+    What else a machine does then slows all of them, and a ratio can be the median over
+    rounds of what it was in each.
+    """
     torch.compiler.reset()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    ours = contender.uses_our_operators
+    runs = {}
+    for path in paths:
+        with operators_of(path):
+            runs[path] = prepared(work, path, device)
+    taken = []
+    for _ in range(WARM_UPS + PASSES):
+        times = {}
+        for path, run in runs.items():
+            with operators_of(path):
+                times[path] = seconds(run, device)
+        taken.append(times)
+    return taken[WARM_UPS:]
+
+
+def measure_on_gpu(name: str, path: str, device: torch.device) -> dict[str, Any]:
+    """Measures one path on one work by itself, and its memory."""
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
     try:
-        with contextlib.nullcontext() if ours else plain_operators():
-            taken = seconds(contender.build(model, images, labels), device)
+        times = [one[path] for one in rounds(WORK[name], [path], device)]
     except torch.OutOfMemoryError:
-        taken = math.inf  # shown as no views a second
-    speed = num_examples * num_views / taken
-    tflops = 6e-3 * work.giga_macs * speed
-    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
-    peak_tflops = DENSE_BF16_TFLOPS if device.type == "cuda" else None
+        times = [math.inf]  # shown as no views a second
+    found = row_of(name, path, device, statistics.median(times))
+    found["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    used = found["tflop_per_second"] / DENSE_BF16_TFLOPS
+    return {**found, "model_flop_utilisation": used}
+
+
+def measure_in_turn(
+    name: str, paths: list[str], device: torch.device
+) -> list[dict[str, Any]]:
+    """Measures paths on one work on the CPU, and by how much they pass each other."""
+    taken = rounds(WORK[name], paths, device)
+    rows = []
+    for path in paths:
+        times = [one[path] for one in taken]
+        found = row_of(name, path, device, statistics.median(times))
+        found["least_milliseconds"] = 1e3 * min(times)
+        found["speed_over"] = {
+            other: statistics.median(one[other] / one[path] for one in taken)
+            for other in paths
+            if other != path
+        }
+        rows.append(found)
+    return rows
+
+
+def row_of(name: str, path: str, device: torch.device, taken: float) -> dict[str, Any]:
+    """Returns what is said of a path that takes so many seconds."""
+    work = WORK[name]
+    num_examples = work.examples_on(device)
+    speed = num_examples * work.views / taken
     return {
         "work": name,
         "path": path,
         "examples": num_examples,
-        "views": num_views,
+        "views": work.views,
         "milliseconds": 1e3 * taken,
         "views_per_second": speed,
-        "peak_memory_gib": peak and peak / 2**30,
-        "tflop_per_second": tflops,
-        "model_flop_utilisation": tflops / peak_tflops if peak_tflops else None,
+        "peak_memory_gib": None,
+        "tflop_per_second": 6e-3 * work.giga_macs * speed,
+        "model_flop_utilisation": None,
     }
 
 
@@ -340,10 +390,14 @@ def main() -> None:
     ]
     rows = []
     for work in arguments.work:
-        for path in paths:
-            if PATHS[path].takes(WORK[work]):
-                rows.append(measure(work, path, device))
-                print(to_json(rows[-1]), flush=True)
+        fitting = [path for path in paths if PATHS[path].takes(WORK[work])]
+        if device.type == "cpu":
+            rows += measure_in_turn(work, fitting, device)
+            print(to_json(rows[-len(fitting) :]), flush=True)
+            continue
+        for path in fitting:
+            rows.append(measure_on_gpu(work, path, device))
+            print(to_json(rows[-1]), flush=True)
     facts = environment()
     show(rows, facts)
     if arguments.save:
