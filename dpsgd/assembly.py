@@ -1,10 +1,8 @@
 """Builds the parts of a run from its settings: each once, in one place."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,27 +12,19 @@ from dpsgd.checkpoint import Checkpoint, CheckpointStore
 from dpsgd.clipping import clipping_slack
 from dpsgd.config import Config, config_to_dict
 from dpsgd.data import (
-    Dataset,
     DataSplits,
-    LoadViews,
     PoissonSampler,
     PublicFacts,
-    Share,
-    UserViewLoader,
-    ViewLoader,
     load_datasets,
-    normalize,
-    num_decode_workers,
     published_facts,
 )
 from dpsgd.declared import check_labels, facts_of, with_classes
-from dpsgd.evaluate import Evaluation, evaluate
-from dpsgd.features import FeatureCache, FeatureLoader
+from dpsgd.evaluate import Evaluation, evaluator
+from dpsgd.feeding import feed_of
 from dpsgd.gradient_engine import build_gradient_engine, execution_of, loss_of
 from dpsgd.models import (
     build_model,
     check_model,
-    draws_per_view,
     freeze,
     frozen_tensors,
     initialize,
@@ -59,10 +49,7 @@ from dpsgd.train import Run, TrainState
 from dpsgd.trees import Params, num_elements
 from dpsgd.weights import Initialization, fit, read_weights
 
-__all__ = ["assemble", "evaluator", "load_network", "plan_of"]
-
-_EVALUATION_BATCH = 500
-_EVALUATION_PIXELS = 1 << 23  # 167 images of 224x224
+__all__ = ["assemble", "load_network", "plan_of"]
 
 
 def plan_of(config: Config) -> Plan:
@@ -109,10 +96,10 @@ def assemble(
         check_same_run(checkpoint, identity)
         config = with_microbatch_size(config, checkpoint)
     plan = _plan(config, splits, checkpoint, ranks)
-    cache = _feature_cache(config)
-    kept = {"features": cache.identity if cache is not None else None}
-    kept |= {"decoder": splits.train.decoder}
-    arithmetic = arithmetic_of(plan, config, num_ranks=ranks.size, **kept)
+    feed = feed_of(config, splits.train)
+    arithmetic = arithmetic_of(
+        plan, config, features=feed.features, decoder=feed.decoder, num_ranks=ranks.size
+    )
     streams = _streams(config, plan, arithmetic, checkpoint, shown_step, ranks)
     model = _begun_network(config, plan, splits, streams)
     frozen = frozen_tensors(model)
@@ -135,7 +122,7 @@ def assemble(
         evaluate=_evaluator_of_parts(config, plan, splits, model, layout),
         ledger=_ledger(config, plan),
         sampler=_sampler(plan, splits, streams),
-        load_views=_loader(config, plan, splits, streams, model, cache, ranks.share),
+        load_views=feed.loader(plan, model, streams=streams, share=ranks.share),
         grad_fn=build_gradient_engine(config, plan, model),
         secure_noise=_secure_noise(config, plan, state.params),
         unaccounted_step=_unaccounted_step(config, plan, splits, streams, model),
@@ -286,71 +273,6 @@ def _secure_noise(config: Config, plan: Plan, params: Params) -> SecureNoise | N
     )
 
 
-def _view_loader(
-    config: Config,
-    plan: Plan,
-    splits: DataSplits,
-    streams: RandomStreams,
-    model: nn.Module,
-    share: Share,
-) -> LoadViews:
-    """Returns what turns draws of the training set into views."""
-    # A draw ends, on average, half a microbatch early. Two sizes are worth recording;
-    # but for secure noise no example's gradient may depend on how many are drawn.
-    is_recorded = execution_of(config, plan) == "cuda_graph"
-    ends_early = is_recorded and config.privacy.noise == "standard"
-    half = math.ceil(plan.microbatch_size / 2)
-    make_loader: Callable[..., LoadViews] = ViewLoader
-    if plan.mechanism.unit == "user":
-        most = config.privacy.max_examples_per_user
-        assert most is not None  # the loader of settings sees to it
-        make_loader = partial(UserViewLoader, max_examples=most)
-    return make_loader(
-        _placed(config, splits.train, plan.device),
-        config=config.data,
-        streams=streams,
-        microbatch_size=plan.microbatch_size,
-        padded_to=half if ends_early else None,
-        draws_per_view=draws_per_view(model),
-        dtype=getattr(torch, config.model.compute_dtype),
-        device=plan.device,
-        share=share,
-    )
-
-
-def _placed(config: Config, dataset: Dataset, device: torch.device) -> Dataset:
-    """Returns a data set where its rows are got at fastest."""
-    workers = num_decode_workers(config.runtime.decode_workers)
-    return dataset.placed(device, num_workers=workers)
-
-
-def _feature_cache(config: Config) -> FeatureCache | None:
-    """Returns the features that stand for views, if any do."""
-    path = config.runtime.feature_cache
-    return FeatureCache(Path(path).expanduser()) if path is not None else None
-
-
-def _loader(
-    config: Config,
-    plan: Plan,
-    splits: DataSplits,
-    streams: RandomStreams,
-    model: nn.Module,
-    cache: FeatureCache | None,
-    share: Share,
-) -> LoadViews:
-    """Returns what turns draws of the training set into views, or their features."""
-    if cache is None:
-        return _view_loader(config, plan, splits, streams, model, share)
-    return FeatureLoader(
-        cache.load(model, _placed(config, splits.train, plan.device), config),
-        splits.train.labels,
-        microbatch_size=plan.microbatch_size,
-        device=plan.device,
-        share=share,
-    )
-
-
 def _evaluator_of_parts(
     config: Config, plan: Plan, splits: DataSplits, model: nn.Module, layout: Layout
 ) -> Callable[[Params], Evaluation]:
@@ -358,33 +280,6 @@ def _evaluator_of_parts(
     names = plan.facts.class_names
     measure = evaluator(config, splits, model, names, plan.device)
     return lambda parts: measure(layout.whole(parts), ranks=layout.ranks)
-
-
-def evaluator(
-    config: Config,
-    splits: DataSplits,
-    model: nn.Module,
-    class_names: tuple[str, ...],
-    device: torch.device,
-) -> Callable[..., Evaluation]:
-    """Returns what measures weights on the public test set.
-
-    Args:
-        config: Settings, of which the normalisation is used.
-        splits: Data.
-        model: Network, whose parameters the weights replace.
-        class_names: Name of each output.
-        device: Where to measure.
-    """
-    most = max(1, _EVALUATION_PIXELS // math.prod(splits.test.image_shape[1:]))
-    return partial(
-        evaluate,
-        model,
-        dataset=_placed(config, splits.test, device),
-        normalize=partial(normalize, mean=config.data.mean, std=config.data.std),
-        class_names=class_names,
-        batch_size=min(_EVALUATION_BATCH, most),
-    )
 
 
 def _initial_state(config: Config, params: Params) -> TrainState:

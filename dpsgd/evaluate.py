@@ -3,17 +3,22 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from dpsgd.data import Dataset
+from dpsgd.config import Config
+from dpsgd.data import Dataset, DataSplits, normalize, num_decode_workers
 from dpsgd.parallel import Ranks
 from dpsgd.trees import Params
 
-__all__ = ["Evaluation", "evaluate"]
+__all__ = ["Evaluation", "evaluate", "evaluator"]
+
+_LARGEST_BATCH = 500
+_PIXELS = 1 << 23  # 167 images of 224x224
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,4 +135,32 @@ def _shares(
     return (
         dict(zip(names, shares, strict=True)),
         dict(zip(names, count.tolist(), strict=True)),
+    )
+
+
+def evaluator(
+    config: Config,
+    splits: DataSplits,
+    model: nn.Module,
+    class_names: tuple[str, ...],
+    device: torch.device,
+) -> Callable[..., Evaluation]:
+    """Returns what measures weights on the public test set of a run.
+
+    Args:
+        config: Settings, of which normalisation and decoding are used.
+        splits: Data.
+        model: Network, whose parameters the weights replace.
+        class_names: Name of each output.
+        device: Where to measure.
+    """
+    workers = num_decode_workers(config.runtime.decode_workers)
+    most = max(1, _PIXELS // math.prod(splits.test.image_shape[1:]))
+    return partial(
+        evaluate,
+        model,
+        dataset=splits.test.placed(device, num_workers=workers),
+        normalize=partial(normalize, mean=config.data.mean, std=config.data.std),
+        class_names=class_names,
+        batch_size=min(_LARGEST_BATCH, most),
     )

@@ -17,10 +17,11 @@ LAYERS = {
     **dict.fromkeys(["features", "sweep", "train", "weights"], 4),
     **dict.fromkeys(["planning", "persistence", "non_private"], 5),
     **dict.fromkeys(["gradient_engine", "resumption"], 6),
-    "assembly": 7,
-    "audit": 8,
-    "cli": 9,
-    "__init__": 10,  # what the package offers: may name anything below
+    "feeding": 7,
+    "assembly": 8,
+    "audit": 9,
+    "cli": 10,
+    "__init__": 11,  # what the package offers: may name anything below
 }
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 50

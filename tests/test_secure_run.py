@@ -113,7 +113,7 @@ def test_every_pass_of_a_secure_run_has_one_size(
     sizes: list[int],
 ) -> None:
     """As on CUDA, where a standard run ends its draws with half a microbatch."""
-    monkeypatch.setattr("dpsgd.assembly.execution_of", lambda *_: "cuda_graph")
+    monkeypatch.setattr("dpsgd.feeding.execution_of", lambda *_: "cuda_graph")
     run, _, _ = start(tmp_path, {**changes, "runtime.microbatch_size": 8})
 
     assert [len(mask) for _, _, mask in run.load_views(np.arange(18), 0)] == sizes

@@ -8,12 +8,12 @@ from typing import Any
 
 from rich.console import Console
 
-from dpsgd.assembly import evaluator, load_network
+from dpsgd.assembly import load_network
 from dpsgd.cli.errors import UsageParser, exit_code
 from dpsgd.cli.groups import comparisons
 from dpsgd.config import Config, load_config
 from dpsgd.data import DataSplits, load_datasets
-from dpsgd.evaluate import Evaluation
+from dpsgd.evaluate import Evaluation, evaluator
 from dpsgd.planning import choose_device
 from dpsgd.report import (
     RunDirectory,
