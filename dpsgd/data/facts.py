@@ -7,7 +7,7 @@ rate, expected batch size and divisor must follow from a number that is stated.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from dpsgd.config.schema import DataConfig
+from dpsgd.config import DataConfig
 from dpsgd.errors import ConfigError, fault
 
 __all__ = ["PUBLISHED", "PublicFacts", "declared_num_examples", "published_facts"]

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from dpsgd.config.schema import DataConfig
+from dpsgd.config import DataConfig
 from dpsgd.data.dataset import DataSplits, ImageDataset
 from dpsgd.data.files import EncodedImage, decode_images, resolve, resolve_splits
 from dpsgd.errors import DataError, fault

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dpsgd.config.schema import DataConfig
+from dpsgd.config import DataConfig
 from dpsgd.data.dataset import DataSplits, ImageDataset
 from dpsgd.data.image_folder import load_folder_images, load_image_folder
 from dpsgd.data.parquet import load_parquet, load_parquet_images

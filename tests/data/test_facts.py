@@ -1,6 +1,6 @@
 import pytest
 
-from dpsgd.config.schema import DataConfig
+from dpsgd.config import DataConfig
 from dpsgd.data.facts import PUBLISHED, declared_num_examples, published_facts
 from dpsgd.data.sources import load_datasets
 from dpsgd.errors import ConfigError

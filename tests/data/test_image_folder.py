@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dpsgd.config.schema import DataConfig
+from dpsgd.config import DataConfig
 from dpsgd.data.dataset import DataSplits
 from dpsgd.data.sources import load_datasets
 from dpsgd.errors import ConfigError, DataError

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dpsgd.config.schema import DataConfig
+from dpsgd.config import DataConfig
 from dpsgd.data import files
 from dpsgd.data.dataset import DataSplits
 from dpsgd.data.sources import load_datasets

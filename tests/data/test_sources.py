@@ -13,7 +13,7 @@ import torch
 import torchvision.datasets
 from sklearn.datasets import load_digits as load_bunch
 
-from dpsgd.config.schema import DataConfig
+from dpsgd.config import DataConfig
 from dpsgd.data.facts import declared_num_examples
 from dpsgd.data.sources import SOURCES, load_datasets
 from dpsgd.errors import ConfigError, DataError

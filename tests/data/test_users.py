@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy import stats
 
-from dpsgd.config.schema import DataConfig
+from dpsgd.config import DataConfig
 from dpsgd.data import ImageDataset, UserExamples, UserViewLoader, ViewLoader
 from dpsgd.errors import DataError
 from dpsgd.rng import RandomStreams

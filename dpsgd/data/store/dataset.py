@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dpsgd.config.schema import DataConfig
+from dpsgd.config import DataConfig
 from dpsgd.data.augmentation import canvas_side
 from dpsgd.data.dataset import DataSplits, upload
 from dpsgd.data.files import resolve_splits

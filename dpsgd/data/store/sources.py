@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from dpsgd.config.schema import DataConfig
+from dpsgd.config import DataConfig
 from dpsgd.data.files import EncodedImage, resolve
 from dpsgd.data.image_folder import list_folders
 from dpsgd.data.parquet import ParquetImages
