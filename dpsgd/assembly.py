@@ -18,7 +18,7 @@ from dpsgd.data import (
     load_datasets,
     published_facts,
 )
-from dpsgd.declared import check_labels, facts_of, with_classes
+from dpsgd.declared import facts_of, require_outputs, with_classes
 from dpsgd.evaluate import Evaluation, evaluator
 from dpsgd.feeding import feed_of
 from dpsgd.gradient_engine import build_gradient_engine, execution_of, loss_of
@@ -152,7 +152,7 @@ def load_network(
 
 def _network(config: Config, facts: PublicFacts, splits: DataSplits) -> nn.Module:
     """Returns the network, parameters undrawn, once every label has an output."""
-    check_labels(splits, facts.num_classes)
+    require_outputs(splits, facts.num_classes)
     return build_model(
         config.model, image_shape=facts.image_shape, num_classes=facts.num_classes
     )

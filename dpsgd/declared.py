@@ -3,10 +3,15 @@
 import dataclasses
 
 from dpsgd.config import Config
-from dpsgd.data import DataSplits, PublicFacts, declared_num_examples
-from dpsgd.errors import ConfigError, DataError, fault
+from dpsgd.data import (
+    DataSplits,
+    PublicFacts,
+    check_labels,
+    declared_num_examples,
+)
+from dpsgd.errors import ConfigError, fault
 
-__all__ = ["check_labels", "facts_of", "with_classes"]
+__all__ = ["facts_of", "require_outputs", "with_classes"]
 
 
 def facts_of(config: Config, splits: DataSplits) -> PublicFacts:
@@ -45,12 +50,13 @@ def with_classes(config: Config, facts: PublicFacts) -> PublicFacts:
     return dataclasses.replace(facts, class_names=names)
 
 
-def check_labels(splits: DataSplits, num_classes: int) -> None:
+def require_outputs(splits: DataSplits, num_classes: int) -> None:
     """Raises DataError if a label has no output of the network."""
     for field, dataset in (("data.train", splits.train), ("data.test", splits.test)):
-        wrong = (dataset.labels >= num_classes).nonzero()
-        if len(wrong):
-            row = int(wrong[0])
-            rule = f"row {row} has the label {int(dataset.labels[row])}"
-            remedy = f"{field} must have labels below it, or raise it"
-            raise DataError(fault("model.num_classes", num_classes, rule, remedy))
+        check_labels(
+            dataset.labels.cpu().numpy(),
+            num_classes,
+            field=field,
+            place="row {}".format,
+            remedy="correct the label or raise model.num_classes",
+        )

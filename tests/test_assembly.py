@@ -60,9 +60,8 @@ def test_classes_are_never_counted_from_labels(
 
     with pytest.raises(ConfigError, match=r"model\.num_classes=null.*never counted"):
         start(tmp_path)
-    with pytest.raises(
-        DataError, match=r"num_classes=3: row 5 has the label 3; .* or raise it"
-    ):
+    rule = r"data\.train=row 5: has label 3, which must be in \[0, 3\); .* or raise"
+    with pytest.raises(DataError, match=rule):
         start(tmp_path, {"model.num_classes": 3})
 
 

@@ -26,6 +26,7 @@ from dpsgd.data.dataset import (
     upload,
 )
 from dpsgd.data.facts import PublicFacts, declared_num_examples, published_facts
+from dpsgd.data.labels import check_labels
 from dpsgd.data.overlap import FRAMINGS, Framing, Matches, find_matches
 from dpsgd.data.overlap_report import Overlap
 from dpsgd.data.sampling import Microbatch, PoissonSampler, microbatches
@@ -62,6 +63,7 @@ __all__ = [
     "UserViewLoader",
     "ViewLoader",
     "ViewParameters",
+    "check_labels",
     "declared_num_examples",
     "draw_coins",
     "draw_views",

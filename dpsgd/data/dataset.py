@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dpsgd.data.labels import check_labels
 from dpsgd.errors import ConfigError, DataError, fault
 
 __all__ = [
@@ -129,8 +130,7 @@ class ImageDataset:
         group_names: Name of each group in the order of their numbers.
 
     Raises:
-        DataError: A shape, type or label is not as above; a bad label is named by
-            its index.
+        DataError: A shape, type or label is not as above.
     """
 
     images: Tensor
@@ -151,7 +151,13 @@ class ImageDataset:
                 "give both the same length",
             )
             raise DataError(message)
-        self._check_labels()
+        check_labels(
+            self.labels.cpu().numpy(),
+            len(self.class_names),
+            field="labels",
+            place="row {}".format,
+            remedy="correct the label or declare its class",
+        )
         if self.users is not None:
             self._check_numbers("users", self.users)
         if self.groups is not None:
@@ -235,21 +241,6 @@ class ImageDataset:
             if tensor is not None:
                 digest.update(tensor.cpu().contiguous().numpy().data)
         return digest.hexdigest()
-
-    def _check_labels(self) -> None:
-        """Refuses labels below 0, or beyond the classes if they are declared."""
-        limit = len(self.class_names) or torch.iinfo(torch.int64).max
-        outside = (self.labels < 0) | (self.labels >= limit)
-        if bool(outside.any()):
-            index = int(outside.int().argmax())
-            rule = f"in [0, {limit})" if self.class_names else "at least 0"
-            message = fault(
-                f"labels[{index}]",
-                int(self.labels[index]),
-                f"must be {rule}",
-                "correct the label or declare its class",
-            )
-            raise DataError(message)
 
     def _check_numbers(
         self, name: str, owners: Tensor, *, count: int | None = None

@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from torch import Tensor
 from dpsgd.config import DataConfig
 from dpsgd.data.dataset import DataSplits, ImageDataset
 from dpsgd.data.files import EncodedImage, decode_images, resolve, resolve_splits
+from dpsgd.data.labels import check_labels
 from dpsgd.errors import ConfigError, DataError, fault
 
 __all__ = ["ParquetImages", "load_parquet", "load_parquet_images"]
@@ -185,17 +187,13 @@ def _read_labels(shard: _Shard) -> NDArray[np.int64]:
         row = column.is_null().to_pylist().index(True)
         raise shard.fault(row, "has no label", "label the row or remove it")
     labels: NDArray[np.int64] = column.to_numpy().astype(np.int64)
-    num_classes = len(shard.columns.class_names)
-    limit = num_classes or np.iinfo(np.int64).max
-    outside = (labels < 0) | (labels >= limit)
-    if outside.any():
-        row = int(outside.argmax())
-        rule = f"in [0, {num_classes})" if num_classes else "at least 0"
-        raise shard.fault(
-            row,
-            f"has label {labels[row]}, which must be {rule}",
-            "correct the label, or the classes in the file's metadata",
-        )
+    check_labels(
+        labels,
+        len(shard.columns.class_names),
+        field=shard.field,
+        place=partial(_place, shard.path),
+        remedy="correct the label, or the classes in the file's metadata",
+    )
     return labels
 
 

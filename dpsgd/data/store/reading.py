@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dpsgd.data.labels import check_labels
 from dpsgd.data.store.layout import (
     FORMAT,
     MANIFEST,
@@ -55,7 +56,13 @@ class Store:
         self._records = self._read_records()
         self._check_shards()
         self.labels: NDArray[np.int64] = self._records["label"].astype(np.int64)
-        self._check_labels()
+        check_labels(
+            self.labels,
+            len(self.manifest.class_names),
+            field=field,
+            place=self.place,
+            remedy=_REMEDY,
+        )
         self._shards: dict[int, mmap.mmap] = {}
 
     def __len__(self) -> int:
@@ -164,15 +171,6 @@ class Store:
         if outside.any():
             index = int(outside.argmax())
             raise self._fault(f"index {index} lies beyond its shard", _REMEDY)
-
-    def _check_labels(self) -> None:
-        """Refuses labels that no class has."""
-        limit = len(self.manifest.class_names) or np.iinfo(np.int32).max
-        outside = (self.labels < 0) | (self.labels >= limit)
-        if outside.any():
-            index = int(outside.argmax())
-            rule = f"index {index} has label {self.labels[index]}, of no class"
-            raise self._fault(rule, _REMEDY)
 
     def _fault(self, rule: str, remedy: str) -> DataError:
         """Returns the error that names the store."""
