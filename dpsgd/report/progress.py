@@ -2,8 +2,7 @@
 
 import math
 import time
-from types import TracebackType
-from typing import Self
+from functools import partial
 
 from rich.console import Console
 from rich.progress import (
@@ -16,13 +15,14 @@ from rich.progress import (
 )
 
 from dpsgd.privacy import rounded_up
+from dpsgd.report.live import LiveView
 
 __all__ = ["ProgressView"]
 
 _SECONDS_BETWEEN_LINES = 30.0
 
 
-class ProgressView:
+class ProgressView(LiveView[Progress]):
     """Shows steps, epsilon spent, views a second, time left and last accuracy.
 
     Args:
@@ -32,39 +32,13 @@ class ProgressView:
     """
 
     def __init__(self, console: Console, *, num_steps: int, step: int) -> None:
-        self._console = console
+        super().__init__(console, partial(_bar, console))
         self._num_steps = num_steps
         self._last_line = time.monotonic()
-        self._bar: Progress | None = None
-        if console.is_terminal:
-            self._bar = Progress(
-                TextColumn("[bold]training"),
-                BarColumn(bar_width=None),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[status]}"),
-                TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(),
-                console=console,
-                expand=True,
-            )
-            self._task = self._bar.add_task(
+        if self.live:
+            self._task = self.live.add_task(
                 "", total=num_steps, completed=step, status=""
             )
-
-    def __enter__(self) -> Self:
-        if self._bar:
-            self._bar.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._bar:
-            self._bar.stop()
 
     def show_step(self, step: int, *, epsilon: float, views_per_second: float) -> None:
         """Shows a step just taken.
@@ -75,10 +49,10 @@ class ProgressView:
             views_per_second: Throughput so far.
         """
         status = f"{_spent(epsilon, 3)}  {views_per_second:,.0f} views/s"
-        if self._bar:
-            self._bar.update(self._task, completed=step, status=status)
+        if self.live:
+            self.live.update(self._task, completed=step, status=status)
         elif time.monotonic() - self._last_line >= _SECONDS_BETWEEN_LINES:
-            self._line(f"step {step}/{self._num_steps}  {status}")
+            self._say(f"step {step}/{self._num_steps}  {status}")
 
     def show_evaluation(
         self, step: int, *, epsilon: float, accuracies: dict[str, float]
@@ -92,12 +66,27 @@ class ProgressView:
         """
         shown = "  ".join(f"{name} {value:.2%}" for name, value in accuracies.items())
         spent = f"step {step}/{self._num_steps}  {_spent(epsilon)}"
-        self._line(f"{spent}  test: {shown}")
+        self._say(f"{spent}  test: {shown}")
 
-    def _line(self, text: str) -> None:
-        """Prints one line, above the bar if there is one."""
+    def _say(self, text: str) -> None:
+        """Prints one line, and notes when."""
         self._last_line = time.monotonic()
-        self._console.print(text, highlight=False, soft_wrap=True)
+        self.print_line(text)
+
+
+def _bar(console: Console) -> Progress:
+    """Returns the bar of a terminal."""
+    return Progress(
+        TextColumn("[bold]training"),
+        BarColumn(bar_width=None),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[status]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+        expand=True,
+    )
 
 
 def _spent(epsilon: float, digits: int = 4) -> str:

@@ -3,8 +3,8 @@
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from types import TracebackType
-from typing import Final, Self
+from functools import partial
+from typing import Final
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -13,6 +13,7 @@ from rich.text import Text
 
 from dpsgd.privacy import rounded_up
 from dpsgd.report import read_run
+from dpsgd.report.live import LiveView
 from dpsgd.report.words import duration, percent
 from dpsgd.sweep.folder import RunState, Status, SweepFolder
 from dpsgd.sweep.plan import SweepPlan, SweepRun
@@ -38,7 +39,7 @@ _SECONDS_BETWEEN_READS = 1.0
 _LINES_AROUND = 9  # of the table's frame and what stands below it
 
 
-class SweepView:
+class SweepView(LiveView[Live]):
     """Shows which runs are at work, how far they are and what came out.
 
     Args:
@@ -48,7 +49,7 @@ class SweepView:
     """
 
     def __init__(self, console: Console, folder: SweepFolder, plan: SweepPlan) -> None:
-        self._console = console
+        super().__init__(console, partial(Live, console=console, auto_refresh=False))
         self._folder = folder
         self._plan = plan
         self._states = {run.index: folder.state(run) for run in plan.runs}
@@ -56,24 +57,11 @@ class SweepView:
         self._since: dict[int, float] = {}
         self._slots: Mapping[int, str] = {}
         self._last_read = 0.0
-        self._live: Live | None = None
-        if console.is_terminal:
-            self._live = Live(console=console, auto_refresh=False)
 
-    def __enter__(self) -> Self:
-        if self._live:
-            self._live.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._live:
+    def __exit__(self, *details: object) -> None:
+        if self.live:
             self._show()
-            self._live.stop()
+        super().__exit__(*details)
 
     def look(self, working: Mapping[int, str]) -> None:
         """Shows what has changed.
@@ -93,7 +81,7 @@ class SweepView:
                 self._say(run, self._outcome(run))
         self._slots = dict(working)
         now = time.monotonic()
-        if self._live and now - self._last_read >= _SECONDS_BETWEEN_READS:
+        if self.live and now - self._last_read >= _SECONDS_BETWEEN_READS:
             self._last_read = now
             for run in self._plan.runs:
                 if run.index in working:
@@ -122,14 +110,13 @@ class SweepView:
 
     def _say(self, run: SweepRun, text: str) -> None:
         """Prints a line where there is no live table."""
-        if not self._live:
-            line = f"run {run.index} ({run.label}) {text}"
-            self._console.print(line, highlight=False, soft_wrap=True)
+        if not self.live:
+            self.print_line(f"run {run.index} ({run.label}) {text}")
 
     def _show(self) -> None:
         """Draws the table anew."""
-        assert self._live is not None  # the callers looked
-        room = max(3, self._console.height - _LINES_AROUND)
+        assert self.live is not None  # the callers looked
+        room = max(3, self.console.height - _LINES_AROUND)
         rows = [
             (run, self._states[run.index], self._row(run)) for run in self._plan.runs
         ]
@@ -138,7 +125,7 @@ class SweepView:
             f"{counts[status]} {status}" for status in _ORDER if counts[status]
         )
         table = runs_table(rows, title=self._plan.path.stem, room=room)
-        self._live.update(Group(table, Text(summary)), refresh=True)
+        self.live.update(Group(table, Text(summary)), refresh=True)
 
     def _row(self, run: SweepRun) -> tuple[str, str, str, str]:
         """Returns step, epsilon, accuracy and time of a run in words."""
