@@ -1,7 +1,6 @@
-"""`bin/dpsgd-data`: what to know of data before they are trained on."""
+"""`dpsgd-data overlap`: near-duplicates between a public and a private set."""
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ from rich.console import Console
 from torch import Tensor
 
 from dpsgd.checkpoint import write_atomically
-from dpsgd.cli.errors import UsageParser, exit_code
+from dpsgd.cli.errors import Commands, UsageParser
 from dpsgd.data import (
     FRAMINGS,
     Framing,
@@ -21,7 +20,7 @@ from dpsgd.data import (
 from dpsgd.errors import ConfigError, fault
 from dpsgd.report import plan_table, to_json
 
-__all__ = ["main"]
+__all__ = ["add_to"]
 
 _PAIRS_SHOWN = 100
 _EPILOG = """\
@@ -33,22 +32,12 @@ with every pair above it, and overlap.png, with the best pairs side by side: loo
 """
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command.
+def add_to(commands: "Commands[UsageParser]") -> None:
+    """Adds `overlap`.
 
     Args:
-        argv: Arguments; None takes those of the process.
-
-    Returns:
-        0, or 2 when something given is at fault.
+        commands: What it is added to.
     """
-    return exit_code(lambda: _overlap(_parse(argv)))
-
-
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Reads the arguments."""
-    parser = UsageParser(prog="dpsgd-data", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
     overlap = commands.add_parser(
         "overlap",
         help="near-duplicates between a public and a private set",
@@ -81,10 +70,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     overlap.add_argument(
         "--threshold", type=float, metavar="SCORE", help="default: from the control"
     )
-    return parser.parse_args(argv)
+    overlap.set_defaults(run=_run)
 
 
-def _overlap(arguments: argparse.Namespace) -> int:
+def _run(arguments: argparse.Namespace) -> None:
     """Searches, and leaves the report."""
     folder: Path = arguments.out
     if folder.exists():
@@ -108,7 +97,6 @@ def _overlap(arguments: argparse.Namespace) -> int:
     sheet.save(folder / "overlap.png", optimize=True)
     _show(console, facts)
     console.print(f"pairs and pictures: {folder}", soft_wrap=True)
-    return 0
 
 
 def _searched(
