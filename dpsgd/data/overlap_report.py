@@ -37,11 +37,14 @@ class Overlap:
     threshold: float
 
     @property
+    def ranked(self) -> Tensor:
+        """Rows of all public images, the surest near-duplicate first."""
+        return self.matches.scores.argsort(descending=True, stable=True)
+
+    @property
     def found(self) -> Tensor:
         """Rows of the public images with a near-duplicate, the surest first."""
-        above = (self.matches.scores > self.threshold).nonzero()[:, 0]
-        order = self.matches.scores[above].argsort(descending=True)
-        return above[order]
+        return self.ranked[self.matches.scores[self.ranked] > self.threshold]
 
     def table(self) -> list[tuple[float, int, float]]:
         """Returns (score, pairs above it, those that chance explains) rows.
@@ -61,23 +64,28 @@ class Overlap:
         ]
 
     def pairs(
-        self, public_places: Sequence[str], private_places: Sequence[str]
+        self, public_places: Sequence[str], private_places: Sequence[str], *, most: int
     ) -> list[dict[str, Any]]:
-        """Returns the near-duplicates as plain values.
+        """Returns the best pairs as plain values, with their numbers from 1.
+
+        The near-duplicates come first, and the contact sheet has the same order.
 
         Args:
             public_places: Where each public image is.
             private_places: Where each private image is.
+            most: Pairs returned; some below the threshold come last.
         """
         matches = self.matches
         return [
             {
+                "pair": number,
+                "public_row": row,
                 "public": public_places[row],
                 "private": private_places[int(matches.rows[row])],
                 "score": round(float(matches.scores[row]), 4),
                 "framing": str(self.framings[int(matches.framings[row])]),
             }
-            for row in self.found.tolist()
+            for number, row in enumerate(self.ranked[:most].tolist(), start=1)
         ]
 
     def contact_sheet(
@@ -92,7 +100,7 @@ class Overlap:
         """
         from PIL import Image
 
-        rows = self.matches.scores.topk(min(most, len(public))).indices.tolist()
+        rows = self.ranked[:most].tolist()
         pairs = [self._pair(public, private, row) for row in rows]
         blank = torch.full_like(pairs[0], 255)
         pairs += [blank] * (-len(pairs) % _COLUMNS)

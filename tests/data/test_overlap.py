@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from dpsgd.cli import data
-from dpsgd.data import FRAMINGS, Framing, Overlap, find_matches
+from dpsgd.data import FRAMINGS, Framing, Overlap, find_matches, open_source
 from dpsgd.data.overlap import Matches, reframed
 
 WHOLE = (1.0, 1.0)
@@ -131,6 +131,7 @@ def test_chance_is_scaled_to_the_number_of_public_images() -> None:
     )
 
     assert overlap.found.tolist() == [0, 2]
+    assert overlap.ranked.tolist() == [0, 2, 3, 1]
     table = {
         round(score, 2): (pairs, chance) for score, pairs, chance in overlap.table()
     }
@@ -177,6 +178,16 @@ def test_the_command_leaves_pairs_and_pictures(
     assert all(pair["framing"].startswith("whole | ") for pair in facts["pairs"])
     assert (facts["public"], facts["private"], facts["control"]) == (25, 45, 25)
     assert facts["threshold"] == 0.7
+    public = open_source(paths[0])
+    assert facts["public_sha256"] == public.content_sha256()
+    listed = facts["pairs"] + facts["below"]
+    assert [pair["pair"] for pair in listed] == list(range(1, 26))
+    assert [str(public.files[pair["public_row"]]) for pair in listed] == [
+        pair["public"] for pair in listed
+    ]
+    scores = [pair["score"] for pair in listed]
+    assert scores == sorted(scores, reverse=True)
+    assert scores[4] > 0.7 >= scores[5]
     with Image.open(out / "overlap.png") as sheet:
         assert sheet.size == (2 * 10 * 66, 2 * 3 * 34)
     assert "5 pairs above" in capsys.readouterr().out

@@ -16,6 +16,7 @@ from dpsgd.data import (
     Overlap,
     find_matches,
     load_images,
+    open_source,
 )
 from dpsgd.errors import ConfigError, fault
 from dpsgd.report import plan_table, to_json
@@ -29,6 +30,8 @@ central crops of the images of one set are compared with those of the other, mir
 too. The score is the correlation of fine detail. The threshold is the best score that
 public images reach upside down, where no match is a duplicate. DIR gets overlap.json,
 with every pair above it, and overlap.png, with the best pairs side by side: look at it.
+Pairs are numbered from 1 as the sheet has them, ten in a line; overlap.json also has
+those that it shows below the threshold.
 """
 
 
@@ -80,16 +83,22 @@ def _run(arguments: argparse.Namespace) -> None:
         rule = "is there already, and nothing is overwritten"
         raise ConfigError(fault("--out", folder, rule, "name another folder"))
     console = Console(markup=False, emoji=False, highlight=False)
+    fingerprint = open_source(arguments.public, field="PUBLIC").content_sha256()
     public, public_places = load_images("PUBLIC", arguments.public)
     private, private_places = load_images("PRIVATE", arguments.private)
     overlap = _searched(console, arguments, public.images, private.images)
+    num_found = len(overlap.found)
+    most = max(num_found, _PAIRS_SHOWN)
+    pairs = overlap.pairs(public_places, private_places, most=most)
     facts = {
         "public": len(public),
+        "public_sha256": fingerprint,
         "private": len(private),
         "control": len(overlap.control.scores),
         "threshold": overlap.threshold,
         "above": _above(overlap),
-        "pairs": overlap.pairs(public_places, private_places),
+        "pairs": pairs[:num_found],
+        "below": pairs[num_found:],
     }
     sheet = overlap.contact_sheet(public.images, private.images, most=_PAIRS_SHOWN)
     folder.mkdir(parents=True)
