@@ -198,6 +198,34 @@ def test_the_command_leaves_pairs_and_pictures(
     assert (out / "overlap.json").read_bytes() == before
 
 
+def test_what_is_left_out_is_what_was_found(tmp_path: Path) -> None:
+    shared, others = (photographs(n, 48, 48, seed=n) for n in (4, 30))
+    mixed = squashed(torch.cat([others[:7], shared, others[7:15]]))
+    public = written(tmp_path / "public", mixed)
+    private = written(tmp_path / "private", squashed(torch.cat([others[15:], shared])))
+    report = tmp_path / "report"
+
+    def search(folder: Path, out: Path) -> int:
+        paths = [str(folder), str(private), "--out", str(out)]
+        return data.main(["overlap", *paths, "--control", "5", "--threshold", "0.7"])
+
+    assert search(public, report) == 0
+    arguments = [str(public), str(report / "overlap.json"), "--keep", "2"]
+    less = tmp_path / "less"
+    assert data.main(["leave-out", *arguments, "--out", str(less)]) == 0
+
+    facts = json.loads((report / "overlap.json").read_text())
+    found = [Path(pair["public"]).name for pair in facts["pairs"]]
+    assert sorted(found) == ["007.png", "008.png", "009.png", "010.png"]
+    gone = {path.name for path in images(str(public))} - {
+        path.name for path in images(str(less))
+    }
+    assert gone == {found[0], *found[2:]}
+    assert search(less, tmp_path / "again") == 0
+    (pair,) = json.loads((tmp_path / "again" / "overlap.json").read_text())["pairs"]
+    assert Path(pair["public"]).name == found[1]
+
+
 def test_the_threshold_is_the_best_score_of_the_control(tmp_path: Path) -> None:
     paths = [
         str(written(tmp_path / name, squashed(photographs(12, 48, 48, seed=seed))))

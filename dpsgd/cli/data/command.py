@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
-from dpsgd.cli.data import overlap
+from dpsgd.cli.data import leave_out, overlap
 from dpsgd.cli.errors import UsageParser, exit_code
 
 __all__ = ["main"]
@@ -33,6 +33,6 @@ def _parser() -> argparse.ArgumentParser:
     """Describes the command line."""
     parser = UsageParser(prog="dpsgd-data", description=_DESCRIPTION)
     commands = parser.add_subparsers(dest="command", required=True)
-    for subcommand in (overlap,):
+    for subcommand in (overlap, leave_out):
         subcommand.add_to(commands)
     return parser

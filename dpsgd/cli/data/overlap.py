@@ -31,7 +31,7 @@ too. The score is the correlation of fine detail. The threshold is the best scor
 public images reach upside down, where no match is a duplicate. DIR gets overlap.json,
 with every pair above it, and overlap.png, with the best pairs side by side: look at it.
 Pairs are numbered from 1 as the sheet has them, ten in a line; overlap.json also has
-those that it shows below the threshold.
+those that it shows below the threshold. `leave-out` acts on what was found.
 """
 
 
