@@ -8,10 +8,13 @@ from typing import NoReturn
 
 from dpsgd.errors import ConfigError, UserError
 
-__all__ = ["UsageParser", "exit_code"]
+__all__ = ["Commands", "UsageParser", "exit_code"]
 
 _USER_FAULT = 2
 _INTERRUPTED = 130
+
+Commands = argparse._SubParsersAction
+"""What subcommands are added to; argparse gives it no public name."""
 
 
 def exit_code(command: Callable[[], int]) -> int:

@@ -27,8 +27,9 @@ from dpsgd.data.dataset import (
 )
 from dpsgd.data.facts import PublicFacts, declared_num_examples, published_facts
 from dpsgd.data.labels import check_labels
+from dpsgd.data.leave_out import leave_out
 from dpsgd.data.overlap import FRAMINGS, Framing, Matches, find_matches
-from dpsgd.data.overlap_report import Overlap
+from dpsgd.data.overlap_report import Overlap, OverlapReport, PublicImage
 from dpsgd.data.sampling import Microbatch, PoissonSampler, microbatches
 from dpsgd.data.sources import SOURCES, load_datasets, load_images
 from dpsgd.data.store import (
@@ -53,8 +54,10 @@ __all__ = [
     "Matches",
     "Microbatch",
     "Overlap",
+    "OverlapReport",
     "PoissonSampler",
     "PublicFacts",
+    "PublicImage",
     "Resizing",
     "Share",
     "Store",
@@ -72,6 +75,7 @@ __all__ = [
     "find_matches",
     "has_room",
     "held_in_memory",
+    "leave_out",
     "load_datasets",
     "load_images",
     "make_views",

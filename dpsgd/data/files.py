@@ -49,6 +49,20 @@ class EncodedImage(NamedTuple):
     field: str
     place: str
 
+    def content(self) -> bytes:
+        """Returns the encoded bytes.
+
+        Raises:
+            DataError: The file cannot be read; named.
+        """
+        if isinstance(self.data, bytes):
+            return self.data
+        try:
+            return self.data.read_bytes()
+        except OSError as error:
+            rule = f"cannot be read ({error.strerror})"
+            raise _image_fault(self, rule, "restore or remove the image") from error
+
 
 class _Layout(NamedTuple):
     """What the first image decides: file format, channels and (H, W)."""

@@ -26,7 +26,7 @@ from dpsgd.data.files import EncodedImage, decode_images, resolve, resolve_split
 from dpsgd.data.labels import check_labels
 from dpsgd.errors import ConfigError, DataError, fault
 
-__all__ = ["ParquetImages", "load_parquet", "load_parquet_images"]
+__all__ = ["ParquetImages", "load_parquet", "load_parquet_images", "reading"]
 
 _ROWS_PER_READ = 1024
 _KINDS = {
@@ -144,7 +144,7 @@ def _open_shard(field: str, path: Path, config: DataConfig) -> _Shard:
     """Opens one file and finds its columns, reading no rows yet."""
     import pyarrow.parquet
 
-    with _reading(field, path):
+    with reading(field, path):
         file = pyarrow.parquet.ParquetFile(path)
         schema = file.schema_arrow
     columns = _find_columns(schema, path, config, is_train=field == "data.train")
@@ -180,7 +180,7 @@ def _read_labels(shard: _Shard) -> NDArray[np.int64]:
     """Returns the labels of one file, each checked against the declared classes."""
     import pyarrow as pa
 
-    with _reading(shard.field, shard.path):
+    with reading(shard.field, shard.path):
         column = shard.file.read(columns=[shard.columns.label]).column(0)
         column = column.cast(pa.int64())
     if column.null_count:
@@ -201,7 +201,7 @@ def _read_users(shard: _Shard) -> list[str]:
     """Returns the user of every row of one file, as text whatever the column's type."""
     import pyarrow as pa
 
-    with _reading(shard.field, shard.path):
+    with reading(shard.field, shard.path):
         column = shard.file.read(columns=[shard.columns.user]).column(0)
         users: list[str | None] = column.cast(pa.string()).to_pylist()
     for row, user in enumerate(users):
@@ -222,7 +222,7 @@ def _read_groups(shards: list[_Shard]) -> tuple[Tensor, tuple[str, ...]]:
     """Returns the group of every row of a split, and the groups' sorted names."""
     values: list[Any] = []
     for shard in shards:
-        with _reading(shard.field, shard.path):
+        with reading(shard.field, shard.path):
             values += (
                 shard.file.read(columns=[shard.columns.group]).column(0).to_pylist()
             )
@@ -247,7 +247,7 @@ def _encoded_images(shard: _Shard) -> Iterator[EncodedImage]:
     batches = shard.file.iter_batches(_ROWS_PER_READ, columns=[shard.columns.image])
     row = 0
     while True:
-        with _reading(shard.field, shard.path):
+        with reading(shard.field, shard.path):
             batch = next(batches, None)
         if batch is None:
             return
@@ -353,7 +353,7 @@ def _class_names(
 
 
 @contextmanager
-def _reading(field: str, path: Path) -> Iterator[None]:
+def reading(field: str, path: Path) -> Iterator[None]:
     """Turns what pyarrow raises on a damaged file into a DataError."""
     import pyarrow as pa
 

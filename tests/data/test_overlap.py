@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from dpsgd.cli import data
-from dpsgd.data import FRAMINGS, Framing, Overlap, find_matches
+from dpsgd.data import FRAMINGS, Framing, Overlap, find_matches, open_source
 from dpsgd.data.overlap import Matches, reframed
 
 WHOLE = (1.0, 1.0)
@@ -131,6 +131,7 @@ def test_chance_is_scaled_to_the_number_of_public_images() -> None:
     )
 
     assert overlap.found.tolist() == [0, 2]
+    assert overlap.ranked.tolist() == [0, 2, 3, 1]
     table = {
         round(score, 2): (pairs, chance) for score, pairs, chance in overlap.table()
     }
@@ -177,6 +178,16 @@ def test_the_command_leaves_pairs_and_pictures(
     assert all(pair["framing"].startswith("whole | ") for pair in facts["pairs"])
     assert (facts["public"], facts["private"], facts["control"]) == (25, 45, 25)
     assert facts["threshold"] == 0.7
+    public = open_source(paths[0])
+    assert facts["public_sha256"] == public.content_sha256()
+    listed = facts["pairs"] + facts["below"]
+    assert [pair["pair"] for pair in listed] == list(range(1, 26))
+    assert [str(public.files[pair["public_row"]]) for pair in listed] == [
+        pair["public"] for pair in listed
+    ]
+    scores = [pair["score"] for pair in listed]
+    assert scores == sorted(scores, reverse=True)
+    assert scores[4] > 0.7 >= scores[5]
     with Image.open(out / "overlap.png") as sheet:
         assert sheet.size == (2 * 10 * 66, 2 * 3 * 34)
     assert "5 pairs above" in capsys.readouterr().out
@@ -185,6 +196,34 @@ def test_the_command_leaves_pairs_and_pictures(
     assert data.main(arguments) == 2
     assert "nothing is overwritten" in capsys.readouterr().err
     assert (out / "overlap.json").read_bytes() == before
+
+
+def test_what_is_left_out_is_what_was_found(tmp_path: Path) -> None:
+    shared, others = (photographs(n, 48, 48, seed=n) for n in (4, 30))
+    mixed = squashed(torch.cat([others[:7], shared, others[7:15]]))
+    public = written(tmp_path / "public", mixed)
+    private = written(tmp_path / "private", squashed(torch.cat([others[15:], shared])))
+    report = tmp_path / "report"
+
+    def search(folder: Path, out: Path) -> int:
+        paths = [str(folder), str(private), "--out", str(out)]
+        return data.main(["overlap", *paths, "--control", "5", "--threshold", "0.7"])
+
+    assert search(public, report) == 0
+    arguments = [str(public), str(report / "overlap.json"), "--keep", "2"]
+    less = tmp_path / "less"
+    assert data.main(["leave-out", *arguments, "--out", str(less)]) == 0
+
+    facts = json.loads((report / "overlap.json").read_text())
+    found = [Path(pair["public"]).name for pair in facts["pairs"]]
+    assert sorted(found) == ["007.png", "008.png", "009.png", "010.png"]
+    gone = {path.name for path in images(str(public))} - {
+        path.name for path in images(str(less))
+    }
+    assert gone == {found[0], *found[2:]}
+    assert search(less, tmp_path / "again") == 0
+    (pair,) = json.loads((tmp_path / "again" / "overlap.json").read_text())["pairs"]
+    assert Path(pair["public"]).name == found[1]
 
 
 def test_the_threshold_is_the_best_score_of_the_control(tmp_path: Path) -> None:

@@ -1,15 +1,19 @@
 """Stores: what goes in comes out, a kill at any moment harms nothing, damage shows."""
 
+import itertools
 import json
 import shutil
 import subprocess
 import sys
+import tempfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 from made_up_images import CLASSES, damage, make_store, write_images
 from PIL import Image
@@ -69,6 +73,38 @@ def test_a_store_of_parquet_files_holds_their_images(tmp_path: Path) -> None:
         "a.parquet, row 2",
         *(f"b.parquet, row {row}" for row in range(4)),
     ]
+
+
+def test_a_digest_of_content_is_of_the_images_in_their_order_alone(
+    tmp_path: Path, images: Path
+) -> None:
+    held = open_source(str(images))
+    encoded = [image.content() for image in held.encoded(0)]
+
+    def digest(*sizes: int, cells: list[bytes] = encoded) -> str:
+        folder = Path(tempfile.mkdtemp(dir=tmp_path))
+        ends = list(itertools.accumulate(sizes, initial=0))
+        for index, (start, end) in enumerate(itertools.pairwise(ends)):
+            table = pa.table({"img": cells[start:end], "label": [0] * (end - start)})
+            pa.parquet.write_table(table, folder / f"{index}.parquet")
+        return open_source(str(folder)).content_sha256()
+
+    count = len(encoded)
+    assert held.content_sha256() == digest(count) == digest(2, count - 2)
+    others = [
+        encoded[::-1],
+        [encoded[0] + encoded[1][:1], encoded[1][1:], *encoded[2:]],
+        [*encoded[:-1], encoded[-1] + b"x"],
+    ]
+    assert held.content_sha256() not in [digest(count, cells=one) for one in others]
+
+
+def test_an_image_that_went_away_is_named(images: Path) -> None:
+    source = open_source(str(images), field="PUBLIC")
+    source.files[3].unlink()
+
+    with pytest.raises(DataError, match=f"PUBLIC={source.files[3]}: cannot be read"):
+        source.content_sha256()
 
 
 def test_the_example_writes_class_folders_of_the_same_images(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import argparse
 import math
 from typing import Final
 
-from dpsgd.cli.errors import UsageParser
+from dpsgd.cli.errors import Commands, UsageParser
 from dpsgd.errors import ConfigError, fault
 from dpsgd.privacy.mechanism import check_delta, check_sample_rate
 
@@ -27,9 +27,6 @@ Neighbouring data sets differ by one example, added or removed; batches are Pois
 samples. epsilon_upper is certified: it is the figure to promise. In JSON an infinite
 epsilon (no noise) is the string "inf". Exit code 2: the input cannot be used.
 """
-
-Commands = argparse._SubParsersAction
-"""What subcommands are added to; argparse gives it no public name."""
 
 
 def add_command(

@@ -1,7 +1,6 @@
-"""`bin/dpsgd-data`: what to know of data before they are trained on."""
+"""`dpsgd-data overlap`: near-duplicates between a public and a private set."""
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ from rich.console import Console
 from torch import Tensor
 
 from dpsgd.checkpoint import write_atomically
-from dpsgd.cli.errors import UsageParser, exit_code
+from dpsgd.cli.errors import Commands, UsageParser
 from dpsgd.data import (
     FRAMINGS,
     Framing,
@@ -17,11 +16,12 @@ from dpsgd.data import (
     Overlap,
     find_matches,
     load_images,
+    open_source,
 )
 from dpsgd.errors import ConfigError, fault
 from dpsgd.report import plan_table, to_json
 
-__all__ = ["main"]
+__all__ = ["add_to"]
 
 _PAIRS_SHOWN = 100
 _EPILOG = """\
@@ -30,25 +30,17 @@ central crops of the images of one set are compared with those of the other, mir
 too. The score is the correlation of fine detail. The threshold is the best score that
 public images reach upside down, where no match is a duplicate. DIR gets overlap.json,
 with every pair above it, and overlap.png, with the best pairs side by side: look at it.
+Pairs are numbered from 1 as the sheet has them, ten in a line; overlap.json also has
+those that it shows below the threshold. `leave-out` acts on what was found.
 """
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command.
+def add_to(commands: "Commands[UsageParser]") -> None:
+    """Adds `overlap`.
 
     Args:
-        argv: Arguments; None takes those of the process.
-
-    Returns:
-        0, or 2 when something given is at fault.
+        commands: What it is added to.
     """
-    return exit_code(lambda: _overlap(_parse(argv)))
-
-
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Reads the arguments."""
-    parser = UsageParser(prog="dpsgd-data", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
     overlap = commands.add_parser(
         "overlap",
         help="near-duplicates between a public and a private set",
@@ -81,26 +73,32 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     overlap.add_argument(
         "--threshold", type=float, metavar="SCORE", help="default: from the control"
     )
-    return parser.parse_args(argv)
+    overlap.set_defaults(run=_run)
 
 
-def _overlap(arguments: argparse.Namespace) -> int:
+def _run(arguments: argparse.Namespace) -> None:
     """Searches, and leaves the report."""
     folder: Path = arguments.out
     if folder.exists():
         rule = "is there already, and nothing is overwritten"
         raise ConfigError(fault("--out", folder, rule, "name another folder"))
     console = Console(markup=False, emoji=False, highlight=False)
+    fingerprint = open_source(arguments.public, field="PUBLIC").content_sha256()
     public, public_places = load_images("PUBLIC", arguments.public)
     private, private_places = load_images("PRIVATE", arguments.private)
     overlap = _searched(console, arguments, public.images, private.images)
+    num_found = len(overlap.found)
+    most = max(num_found, _PAIRS_SHOWN)
+    pairs = overlap.pairs(public_places, private_places, most=most)
     facts = {
         "public": len(public),
+        "public_sha256": fingerprint,
         "private": len(private),
         "control": len(overlap.control.scores),
         "threshold": overlap.threshold,
         "above": _above(overlap),
-        "pairs": overlap.pairs(public_places, private_places),
+        "pairs": pairs[:num_found],
+        "below": pairs[num_found:],
     }
     sheet = overlap.contact_sheet(public.images, private.images, most=_PAIRS_SHOWN)
     folder.mkdir(parents=True)
@@ -108,7 +106,6 @@ def _overlap(arguments: argparse.Namespace) -> int:
     sheet.save(folder / "overlap.png", optimize=True)
     _show(console, facts)
     console.print(f"pairs and pictures: {folder}", soft_wrap=True)
-    return 0
 
 
 def _searched(
