@@ -33,7 +33,7 @@ from dpsgd.trees import zeros_like
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from loading import SIZE, photographs, write_folder
-from throughput import WORK, Work, network
+from throughput_paths import WORK, Work, network
 
 
 def synchronize() -> None:

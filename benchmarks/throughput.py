@@ -13,17 +13,13 @@ The large networks are measured only when they are asked for.
 """
 
 import argparse
-import contextlib
-import importlib
 import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import matplotlib
 
@@ -31,188 +27,16 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import torch
-import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
-from torch import nn
-from torch.func import functional_call
 
-from dpsgd.clipping import clipped_grad
-from dpsgd.config import ModelConfig
-from dpsgd.models import build_model, initialize, per_example_loss, trainable_params
 from dpsgd.report import environment, to_json
-from dpsgd.rng import RandomStreams
-from dpsgd.trees import zeros_like
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-import opacus_passes
+from throughput_paths import COMPILED, PATHS, SMALL, WORK, Work, operators_of, prepared
 
-
-@dataclass(frozen=True, kw_only=True)
-class Work:
-    """One microbatch of one network.
-
-    Attributes:
-        model: Settings of the network, but for its type.
-        examples: M.
-        views: K.
-        giga_macs: Multiply-adds of one view's forward pass, of which training takes
-            three, at 2 FLOP each.
-        side: Of the images.
-        classes: Of the classifier.
-    """
-
-    model: dict[str, Any]
-    examples: int
-    views: int
-    giga_macs: float
-    side: int = 32
-    classes: int = 10
-
-    def examples_on(self, device: torch.device) -> int:
-        """Returns M, or few examples on the CPU."""
-        return self.examples if device.type == "cuda" else max(1, 16 // self.views)
-
-    @property
-    def is_large(self) -> bool:
-        """Whether it takes a GPU, and only some of the paths."""
-        return self.side > 32
-
-
-WRN_16, WRN_40 = ({"depth": depth, "width": 4} for depth in (16, 40))
-NORM_FREE = {"normalization": "none", "skip_gain_init": 1.0}
-NF_RESNET_50 = {"name": "nf_resnet", "depth": 50, **NORM_FREE}
-NFNET_F3 = {"name": "nfnet", "variant": "F3", **NORM_FREE}
-WORK = {
-    "wrn16-4 K=16": Work(model=WRN_16, examples=128, views=16, giga_macs=0.393),
-    "wrn16-4 K=4": Work(model=WRN_16, examples=256, views=4, giga_macs=0.393),
-    "wrn16-4 K=1": Work(model=WRN_16, examples=512, views=1, giga_macs=0.393),
-    "wrn40-4 K=16": Work(model=WRN_40, examples=64, views=16, giga_macs=1.299),
-    "nf-resnet-50 K=4": Work(
-        model=NF_RESNET_50,
-        examples=64,
-        views=4,
-        giga_macs=4.089,
-        side=224,
-        classes=1000,
-    ),
-    "nfnet-f3 K=4": Work(
-        model=NFNET_F3, examples=8, views=4, giga_macs=67.94, side=320, classes=1000
-    ),
-}
-SMALL = [name for name, work in WORK.items() if not work.is_large]
-OPERATORS = ("fused_norm", "standardized_conv")
 DENSE_BF16_TFLOPS = 989  # of an H100 or H200 SXM, by the vendor's data sheet
 WARM_UPS, PASSES = 3, 20
-
-
-@contextlib.contextmanager
-def plain_operators() -> Iterator[None]:
-    """Keeps layers on PyTorch's own operators; the clipped sum stays ours."""
-    with contextlib.ExitStack() as stack:
-        for name in OPERATORS:
-            module = importlib.import_module(f"dpsgd.kernels.{name}")
-            patch = mock.patch.object(module, "runs_on_triton", return_value=False)
-            stack.enter_context(patch)
-        yield
-
-
-def private(execution: str, engine: str = "vmap") -> Callable[..., Callable[[], Any]]:
-    """Returns what builds a private pass."""
-
-    def build(model, images, labels):
-        params = trainable_params(model)
-        total = zeros_like(params)
-        mask = torch.ones(len(labels), dtype=torch.bool, device=labels.device)
-        grad_fn = clipped_grad(
-            per_example_loss(model),
-            clipping_norm=1.0,
-            engine=engine,
-            execution=execution,
-        )
-        return lambda: grad_fn.accumulate(total, params, images, labels, mask=mask)
-
-    return build
-
-
-def non_private(*, compiled: bool) -> Callable[..., Callable[[], Any]]:
-    """Returns what builds an ordinary forward and backward pass."""
-
-    def build(model, images, labels):
-        params = {
-            name: leaf.requires_grad_() for name, leaf in model.named_parameters()
-        }
-        images = images.flatten(0, 1).contiguous(memory_format=torch.channels_last)
-        labels = labels.repeat_interleave(images.shape[0] // len(labels))
-
-        def loss(images, labels):
-            return F.cross_entropy(functional_call(model, params, (images,)), labels)
-
-        loss = torch.compile(loss) if compiled else loss
-        return lambda: torch.autograd.grad(loss(images, labels), list(params.values()))
-
-    return build
-
-
-def network(work: Work, dtype: str) -> nn.Module:
-    """Returns our network."""
-    config = ModelConfig(**work.model, compute_dtype=dtype)
-    shape = (3, work.side, work.side)
-    model = build_model(config, image_shape=shape, num_classes=work.classes)
-    initialize(model, RandomStreams.from_seed(0).generator("init"))
-    return model
-
-
-def plain_network(work: Work, dtype: str) -> nn.Module:
-    """Returns the Wide-ResNet that Opacus can take."""
-    del dtype  # float32, of which autocast makes what it is
-    return opacus_passes.plain_wide_resnet(
-        work.model["depth"], 4, in_channels=3, num_classes=work.classes
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Contender:
-    """One way to take a pass.
-
-    Attributes:
-        build: Returns a pass of a network, images (M, K, ...) and labels (M,).
-        network: Builds the network of a work, in a type.
-        uses_our_operators: Whether layers use our kernels.
-        views: The only number of views that it can take; None takes any.
-    """
-
-    build: Callable[..., Callable[[], Any]]
-    network: Callable[[Work, str], nn.Module] = network
-    uses_our_operators: bool = False
-    views: int | None = None
-
-    def takes(self, work: Work) -> bool:
-        """Returns whether it is measured on a work."""
-        if work.is_large and self.network is plain_network:
-            return False
-        return self.views in (None, work.views)
-
-
-def _ours(execution: str, engine: str) -> Contender:
-    return Contender(build=private(execution, engine), uses_our_operators=True)
-
-
-COMPILED = "non-private, torch.compile"
-PATHS: dict[str, Contender] = {
-    "non-private, eager": Contender(build=non_private(compiled=False)),
-    COMPILED: Contender(build=non_private(compiled=True)),
-    "Opacus, hooks": Contender(build=opacus_passes.hooks, network=plain_network),
-    "Opacus, ghost": Contender(
-        build=opacus_passes.ghost, network=plain_network, views=1
-    ),
-    "vmap(grad), eager": Contender(build=private("eager")),
-    "vmap(grad), torch.compile": Contender(build=private("compile")),
-    "dpsgd vmap, eager": _ours("eager", "vmap"),
-    "dpsgd vmap, CUDA graph": _ours("cuda_graph", "vmap"),
-    "dpsgd ghost, eager": _ours("eager", "ghost"),
-    "dpsgd ghost, CUDA graph": _ours("cuda_graph", "ghost"),
-}
 
 
 def seconds(run: Callable[[], Any], device: torch.device) -> float:
@@ -222,25 +46,6 @@ def seconds(run: Callable[[], Any], device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - started
-
-
-def operators_of(path: str) -> contextlib.AbstractContextManager[None]:
-    """Returns the context in which a path is built and taken."""
-    ours = PATHS[path].uses_our_operators
-    return contextlib.nullcontext() if ours else plain_operators()
-
-
-def prepared(work: Work, path: str, device: torch.device) -> Callable[[], Any]:
-    """Returns a pass of a path, in bfloat16 on CUDA and float32 on the CPU."""
-    num_examples, num_views = work.examples_on(device), work.views
-    dtype = "bfloat16" if device.type == "cuda" else "float32"
-    model = PATHS[path].network(work, dtype).to(device)
-    shape = (num_examples, num_views, 3, work.side, work.side)
-    images = torch.randn(shape, device=device, dtype=getattr(torch, dtype))
-    images = images.flatten(0, 1).contiguous(memory_format=torch.channels_last)
-    images = images.unflatten(0, shape[:2])  # as the loader lays them out
-    labels = torch.randint(work.classes, (num_examples,), device=device)
-    return PATHS[path].build(model, images, labels)
 
 
 def rounds(
@@ -391,13 +196,14 @@ def main() -> None:
     rows = []
     for work in arguments.work:
         fitting = [path for path in paths if PATHS[path].takes(WORK[work])]
-        if device.type == "cpu":
-            rows += measure_in_turn(work, fitting, device)
-            print(to_json(rows[-len(fitting) :]), flush=True)
-            continue
-        for path in fitting:
-            rows.append(measure_on_gpu(work, path, device))
-            print(to_json(rows[-1]), flush=True)
+        measured = (
+            measure_in_turn(work, fitting, device)
+            if device.type == "cpu"
+            else (measure_on_gpu(work, path, device) for path in fitting)
+        )
+        for row in measured:
+            print(to_json(row), flush=True)
+            rows.append(row)
     facts = environment()
     show(rows, facts)
     if arguments.save:

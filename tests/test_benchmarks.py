@@ -132,7 +132,7 @@ def test_passes_are_timed_alone_and_fed_from_a_store(
 
 
 def test_the_large_networks_of_the_benchmark_have_the_work_that_is_told() -> None:
-    throughput = benchmark_of("throughput")
+    throughput = benchmark_of("throughput_paths")
 
     for name, work in throughput.WORK.items():
         with torch.device("meta"):

@@ -1,6 +1,5 @@
 """What is shown as it happens: live in a terminal, in plain lines elsewhere."""
 
-from abc import ABC
 from collections.abc import Callable
 from typing import Generic, Self, TypeVar
 
@@ -13,7 +12,7 @@ __all__ = ["LiveView"]
 _Display = TypeVar("_Display", Live, Progress)
 
 
-class LiveView(ABC, Generic[_Display]):
+class LiveView(Generic[_Display]):
     """A view whose display is live while it is entered.
 
     Attributes:

@@ -53,14 +53,16 @@ def test_first_label_outside_the_classes_is_named(label: int) -> None:
     dataset = make_dataset()
     labels = dataset.labels.clone()
     labels[4:] = label
-    with pytest.raises(DataError, match=rf"row 4: has label {label}, .* in \[0, 3\);"):
+    with pytest.raises(
+        DataError, match=rf"^labels=row 4: has label {label}, .* in \[0, 3\);"
+    ):
         dataclasses.replace(dataset, labels=labels)
 
 
 def test_without_declared_classes_only_negative_labels_are_refused() -> None:
     dataset = make_dataset(num_classes=0)
     dataclasses.replace(dataset, labels=torch.full((6,), 10**6))
-    with pytest.raises(DataError, match=r"row 0: has label -1, .* at least 0;"):
+    with pytest.raises(DataError, match=r"^labels=row 0: has label -1, .* at least 0;"):
         dataclasses.replace(dataset, labels=torch.full((6,), -1))
 
 
