@@ -225,9 +225,30 @@ def test_images_larger_than_a_tile_are_walked_over(
     monkeypatch.setattr(launching, "_PER_THREAD", 1)
     num_positions = shape.height * shape.width
     tiling = launching._tiling(
-        shape.channels, num_positions, num_outputs=addends.num_outputs
+        *(shape.channels, shape.num_groups, num_positions),
+        num_outputs=addends.num_outputs,
     )
     assert tiling["ROWS"] < num_positions
+    inputs = inputs_of(shape, addends, kernel_device)
+
+    assert_near(
+        by_operators(inputs, shape.num_groups, "triton"),
+        by_autograd(inputs, shape.num_groups),
+    )
+
+
+@pytest.mark.parametrize("addends", [PLAIN, FULL], ids=str)
+@pytest.mark.parametrize("shape", SHAPES[:2], ids=str)
+def test_programs_take_some_of_the_groups(
+    shape: Shape,
+    addends: Addends,
+    kernel_device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(launching, "_CHANNELS", 1)  # so many as a group has
+    tiling = launching._tiling(shape.channels, shape.num_groups, 16, num_outputs=1)
+    assert tiling["BLOCK_C"] == shape.channels // shape.num_groups
     inputs = inputs_of(shape, addends, kernel_device)
 
     assert_near(
