@@ -15,9 +15,9 @@ except ImportError:  # torch for CPU and macOS comes without triton
 
 __all__ = ["clip_accumulate_", "clip_accumulate_reference_", "clip_accumulate_triton_"]
 
-# Rows by columns that a program holds: several loads are under way at a time, and a row
-# is a whole cache line or more.
-_ROWS, _COLUMNS = 64, 128
+# Rows by columns that a program holds: many loads are under way at a time, and a row of
+# bfloat16 is a whole cache line.
+_ROWS, _COLUMNS = 128, 64
 
 
 def clip_accumulate_(
@@ -94,10 +94,12 @@ if triton is not None:
         for start in range(0, num_rows, ROWS):
             row = start + tl.arange(0, ROWS)
             factor = tl.load(factors + row, mask=row < num_rows, other=0.0).to(kind)
-            # A masked load reads nothing, so inf and NaN stay where they are.
-            mask = (factor > 0)[:, None] & inside[None, :]
+            mask = (row < num_rows)[:, None] & inside[None, :]
             offset = row.to(tl.int64)[:, None] * num_columns + column[None, :]
             grad = tl.load(grads + offset, mask=mask, other=0.0).to(kind)
+            # Chosen, not multiplied: inf and NaN stay where they are. A masked load
+            # would do as well, but waits for the factor.
+            grad = tl.where((factor > 0)[:, None], grad, 0.0)
             partial_sum += tl.sum(grad * factor[:, None], axis=0)
         before = tl.load(total + column, mask=inside, other=0.0)
         tl.store(total + column, before + partial_sum, mask=inside)
