@@ -32,9 +32,10 @@ from dpsgd.kernels.conv_weight_grad import (
 )
 from dpsgd.kernels.tape import ConvRecord, LinearRecord
 from dpsgd.kernels.weight_standardization import (
-    Standardization,
+    ROUNDINGS,
     unstandardize_,
     unstandardized_norms,
+    unstandardized_squares,
 )
 
 __all__ = [
@@ -50,9 +51,6 @@ __all__ = [
 # once more takes two operations a position, at 330 TFLOP/s: measured on an H100. On a
 # CPU storing is cheaper at any number of positions.
 _POSITIONS_PER_BYTE = {"cuda": 64, "cpu": 0}
-# Of sums of squares that cancel: a sum of some thousand terms is rounded to less than
-# a hundred times what one term is.
-_ROUNDINGS = 100
 
 
 class LayerGrads(ABC):
@@ -183,29 +181,12 @@ class MeasuredConv(_Conv):
         )  # (3, M, O)
         if how is None:
             return moments[0].sum(1)
-        return _unstandardized_squares(moments, how).sum(1)
+        return unstandardized_squares(moments, how)
 
     def clipped_sums(self, factors: Tensor) -> tuple[Tensor, ...]:
         """Forms the sum in one pass, then applies the Jacobian once."""
         total = conv_weight_grad_sum(self._x, self._grad_y, factors, self._geometry)
         return self._of_raw_weights(total)
-
-
-def _unstandardized_squares(moments: Tensor, how: Standardization) -> Tensor:
-    """Returns (M, O) squared norms of raw weights' and gains' gradients.
-
-    The part of g that is orthogonal to 1 and to u has the square |g|^2 - F mean(g)^2 -
-    <u, g>^2, u being orthogonal to 1 and of norm 1 itself; with su in its place the
-    last is divided by s^2, which `follows` is.
-    """
-    squares, plain, along = torch.unbind(moments)
-    fan_in, eps = how.unit[0].numel(), torch.finfo(moments.dtype).eps
-    projected = squares - plain.square() / fan_in - how.follows * along.square()
-    projected = projected.clamp(min=0) + _ROUNDINGS * eps * squares
-    # NaN and inf pass through clamp's lower bound only if the sum keeps them.
-    projected = torch.where(torch.isfinite(squares), projected, squares)
-    result: Tensor = projected * (how.gain * how.factor).square() + along.square()
-    return result
 
 
 class GhostLinear(LayerGrads):
@@ -225,7 +206,7 @@ class GhostLinear(LayerGrads):
         """Returns squared norms, with a bound on the rounding of terms that cancel."""
         terms = (self._x @ self._x.mT) * (self._grad_y @ self._grad_y.mT)  # (M, K, K)
         eps = torch.finfo(terms.dtype).eps
-        bound = _ROUNDINGS * eps * terms.abs().sum((1, 2))
+        bound = ROUNDINGS * eps * terms.abs().sum((1, 2))
         squares: Tensor = terms.sum((1, 2)).clamp(min=0) + bound
         return squares
 

@@ -35,6 +35,7 @@ from dpsgd.kernels.weight_standardization import (
     standardize_triton,
     unstandardize_triton_,
     unstandardized_norms_triton,
+    unstandardized_squares_triton,
 )
 
 FLOAT, NARROW = torch.float32, torch.bfloat16
@@ -118,6 +119,7 @@ def standardizations() -> None:
     effective, how = standardize_triton(weight, torch.zeros(64), NARROW)
     unstandardize_triton_(weight[None], how)
     unstandardized_norms_triton(effective.expand(2, *weight.shape).contiguous(), how)
+    unstandardized_squares_triton(torch.zeros(3, 2, 64), how)
 
 
 def updates() -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dpsgd.kernels import weight_standardization
+from dpsgd.kernels import weight_standardization_triton as launching
 from dpsgd.kernels.weight_standardization import (
     Standardization,
     standardize,
@@ -20,6 +21,9 @@ from dpsgd.kernels.weight_standardization import (
     unstandardized_norms,
     unstandardized_norms_reference,
     unstandardized_norms_triton,
+    unstandardized_squares,
+    unstandardized_squares_reference,
+    unstandardized_squares_triton,
 )
 
 # (O, KH, KW, I): a fan-in that fills its block, and others.
@@ -32,8 +36,14 @@ RUNS = {
         standardize_reference,
         unstandardize_reference_,
         unstandardized_norms_reference,
+        unstandardized_squares_reference,
     ),
-    "triton": (standardize_triton, unstandardize_triton_, unstandardized_norms_triton),
+    "triton": (
+        standardize_triton,
+        unstandardize_triton_,
+        unstandardized_norms_triton,
+        unstandardized_squares_triton,
+    ),
 }
 
 
@@ -146,6 +156,55 @@ def test_the_jacobian_is_that_of_autograd(
     assert_near(grads, raw_expected)
 
 
+def moments_of(grads: Tensor, how: Standardization) -> Tensor:
+    """Sums (3, M, O) over each row, as a kernel that stores no gradient leaves them."""
+    parts = [grads.square(), grads, grads * how.unit]
+    return torch.stack([part.flatten(2).sum(2) for part in parts])
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_norms_follow_from_moments(
+    shape: tuple[int, ...], scale: float, name: str, kernel_device: torch.device
+) -> None:
+    weight, gain = parameters(shape, scale, kernel_device)
+    _, how = RUNS[name][0](weight, gain, torch.float32)
+    grads = draw(3, *shape).float().to(kernel_device)
+    raw_expected, gain_expected = by_autograd(weight, gain, grads)
+    squares = raw_expected.flatten(1).square().sum(1) + gain_expected.square().sum(1)
+
+    assert_near(RUNS[name][3](moments_of(grads, how), how), squares)
+
+
+def test_norms_of_terms_that_cancel_are_not_too_small(
+    name: str, kernel_device: torch.device
+) -> None:
+    # Gradients that are nearly constant: what the Jacobian leaves is their rounding.
+    weight, gain = parameters(SHAPES[2], 1.0, kernel_device)
+    _, how = RUNS[name][0](weight, gain, torch.float32)
+    grads = (100 + 1e-3 * draw(3, *SHAPES[2])).float().to(kernel_device)
+    raw_expected, gain_expected = by_autograd(weight, gain, grads)
+    squares = raw_expected.flatten(1).square().sum(1) + gain_expected.square().sum(1)
+
+    found = RUNS[name][3](moments_of(grads, how), how).cpu()
+    assert (found >= squares).all()
+    if name == "triton":
+        assert (RUNS[name][2](grads, how).cpu() >= squares).all()
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_moments_that_are_not_finite_give_such_a_norm(
+    bad: float, name: str, kernel_device: torch.device
+) -> None:
+    weight, gain = parameters(SHAPES[0], 1.0, kernel_device)
+    _, how = RUNS[name][0](weight, gain, torch.float32)
+    moments = moments_of(draw(3, *SHAPES[0]).float().to(kernel_device), how)
+    moments[0, 1, 0] = bad
+
+    found = RUNS[name][3](moments, how)
+    assert found.isfinite().tolist() == [True, False, True]
+
+
 @pytest.mark.parametrize("scale", SCALES)
 def test_a_constant_multiplies_the_weights_and_all_that_follows_from_them(
     scale: float, name: str, kernel_device: torch.device
@@ -160,17 +219,19 @@ def test_a_constant_multiplies_the_weights_and_all_that_follows_from_them(
     squares = raw_expected.flatten(1).square().sum(1) + gain_expected.square().sum(1)
 
     assert_near(effective, constant * plain.cpu().double())
+    assert_near(RUNS[name][3](moments_of(grads, how), how), squares)
     assert_near(RUNS[name][2](grads, how), squares)
     assert_near(RUNS[name][1](grads, how), gain_expected)
     assert_near(grads, raw_expected)
 
 
-@pytest.mark.parametrize("elements", [1, 64])
+@pytest.mark.parametrize("elements", [64, 256])
 def test_a_program_holds_some_of_the_examples(
     elements: int, kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("triton")
-    monkeypatch.setattr(weight_standardization, "_ELEMENTS", elements)
+    monkeypatch.setattr(launching, "_ELEMENTS", elements)
+    monkeypatch.setattr(launching, "_TILE", elements)
     weight, gain = parameters(SHAPES[1], 1.0, kernel_device)
     _, how = standardize_reference(weight, gain, torch.float32)
     grads = draw(5, *SHAPES[1]).float().to(kernel_device)
@@ -227,12 +288,14 @@ def test_float64_stays_float64_where_kernels_run(
     on_kernels()
     effective, how = standardize(weight, gain, torch.float64)
     norms = unstandardized_norms(grads, how)
+    measured = unstandardized_squares(moments_of(grads, how), how)
     gain_grads = unstandardize_(grads, how)
 
     expected = by_definition(weight.cpu(), gain.cpu())[0]
     for found, wanted in [
         (effective, expected),
         (norms, squares),
+        (measured, squares),
         (gain_grads, gain_expected),
         (grads, raw_expected),
     ]:
@@ -246,7 +309,7 @@ def test_float32_runs_the_kernels(
 ) -> None:
     on_kernels()
     called = []
-    for run in (standardize_triton, unstandardize_triton_, unstandardized_norms_triton):
+    for run in RUNS["triton"]:
 
         def record(
             *inputs: object, run: Callable[..., object] = run, **options: object
@@ -260,10 +323,12 @@ def test_float32_runs_the_kernels(
     assert isinstance(how, Standardization)
     grads = draw(2, *SHAPES[1]).float().to(kernel_device)
     unstandardized_norms(grads, how)
+    unstandardized_squares(moments_of(grads, how), how)
     unstandardize_(grads, how)
 
     assert called == [
         standardize_triton,
         unstandardized_norms_triton,
+        unstandardized_squares_triton,
         unstandardize_triton_,
     ]
