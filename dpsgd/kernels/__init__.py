@@ -12,6 +12,7 @@ from dpsgd.kernels.geometry import ConvGeometry
 from dpsgd.kernels.linear import linear
 from dpsgd.kernels.make_views import make_views
 from dpsgd.kernels.noisy_sgd import SGDStep, noisy_sgd_
+from dpsgd.kernels.position_mean import position_mean
 from dpsgd.kernels.standardized_conv import standardized_conv2d
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "linear",
     "make_views",
     "noisy_sgd_",
+    "position_mean",
     "standardized_conv2d",
     "sum_relu_group_norm",
 ]

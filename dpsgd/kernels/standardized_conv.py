@@ -88,11 +88,14 @@ class _Convolution(Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         x, weight, gain, ctx.geometry, _ = inputs
         _, kernel, unit, factor, follows = output
+        ctx.set_materialize_grads(False)  # zeros for what has no gradient
         ctx.mark_non_differentiable(kernel, unit, factor, follows)
         ctx.save_for_backward(x, kernel, unit, factor, follows, gain, weight)
 
     @staticmethod
-    def backward(ctx: Any, grad_y: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_y: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        if grad_y is None:
+            return None, None, None, None, None
         x, kernel, unit, factor, follows, gain, weight = ctx.saved_tensors
         grad_x = None
         if ctx.needs_input_grad[0]:

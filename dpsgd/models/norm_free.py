@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dpsgd.config import ModelConfig
+from dpsgd.kernels import position_mean
 from dpsgd.models.layers import Conv2d, Layer, Linear
 
 __all__ = [
@@ -143,8 +144,7 @@ class SqueezeExcite(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (K, C, H, W) to weights (K, C) in (0, 2), float32 or wider."""
-        wide = torch.promote_types(x.dtype, torch.float32)
-        hidden = F.relu(self.reduce(x.mean((-2, -1), dtype=wide)))
+        hidden = F.relu(self.reduce(position_mean(x)))
         return 2 * torch.sigmoid(self.expand(hidden))  # 2: about 1 when drawn
 
 
@@ -370,8 +370,7 @@ class NormFreeNetwork(nn.Module):
             x = block(x, None if uniforms is None else uniforms[:, index])
         if self.head_conv is not None:
             x = self.head_conv(x).total()
-        wide = torch.promote_types(x.dtype, torch.float32)
-        features = constant * activate(x).mean((-2, -1), dtype=wide)
+        features = constant * position_mean(activate(x))
         return self.classifier(features)  # type: ignore[no-any-return]
 
     def _max_pooled(self, x: Tensor) -> Tensor:

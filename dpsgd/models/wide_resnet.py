@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dpsgd.config import ModelConfig
 from dpsgd.errors import ConfigError, fault
+from dpsgd.kernels import position_mean
 from dpsgd.models.layers import (
     Addends,
     Conv2d,
@@ -138,8 +139,7 @@ class WideResNet(nn.Module):
         """Maps images (K, C, H, W) to logits (K, num_classes), float32 or wider."""
         x = self.stages(self.stem(x.to(self.compute_dtype)))
         x = self.head_activation(x)
-        wide = torch.promote_types(x.dtype, torch.float32)
-        return self.classifier(x.mean((-2, -1), dtype=wide))  # type: ignore[no-any-return]
+        return self.classifier(position_mean(x))  # type: ignore[no-any-return]
 
 
 def build_wide_resnet(
