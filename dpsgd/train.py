@@ -6,14 +6,14 @@
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import torch
 
 from dpsgd.clipping import ClippedGrad, PassStatistics
 from dpsgd.config import Config
-from dpsgd.data import LoadViews, PoissonSampler
+from dpsgd.data import LoadAhead, LoadViews, PoissonSampler
 from dpsgd.errors import UserError, fault
 from dpsgd.evaluate import Evaluation
 from dpsgd.optim import Optimizer, SecureNoise, noisy_descent_
@@ -257,6 +257,8 @@ def train(
         CheckpointError: A checkpoint could not be written; earlier ones are intact.
     """
     take_step = run.unaccounted_step or train_step
+    ahead = LoadAhead(run.load_views)
+    run = replace(run, load_views=ahead)
     watch = _Stopwatch(state)
     if state.step == 0:
         run.save(state)  # a run killed in its first steps can go on, too
@@ -266,7 +268,9 @@ def train(
         run.ledger.require(state.step + 1)
         watch.skip()
         passes = take_step(run, state)
-        _check_finite(run, state)
+        if take_step is train_step and state.step < run.ledger.max_steps:
+            ahead.begin(run.sampler.draw(state.step), state.step)
+        _check_finite(run, state)  # waits for the device
         watch.count_step()
         record = _step_record(run, state, passes)
         for observer in observers:

@@ -3,6 +3,7 @@
 `sampling` is on the privacy path: the guarantee holds for the draws it makes.
 """
 
+from dpsgd.data.ahead import LoadAhead
 from dpsgd.data.augmentation import ViewParameters, draw_views, make_views, normalize
 from dpsgd.data.batches import (
     LoadViews,
@@ -50,6 +51,7 @@ __all__ = [
     "Framing",
     "GradientCanaries",
     "ImageDataset",
+    "LoadAhead",
     "LoadViews",
     "Matches",
     "Microbatch",
