@@ -1,5 +1,6 @@
 """How a pass runs changes nothing but its speed."""
 
+import gc
 from typing import Any
 
 import pytest
@@ -8,7 +9,11 @@ from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 
 from dpsgd.clipping import clipped_grad
-from dpsgd.clipping.capture import CapturedFunction, Recording
+from dpsgd.clipping.capture import (
+    CapturedFunction,
+    Recording,
+    garbage_collected_before,
+)
 from dpsgd.clipping.vmap import VmapClippedGrad
 from dpsgd.trees import Params, zeros_like
 
@@ -107,6 +112,26 @@ def test_two_sets_of_shapes_are_kept_until_tensors_move(
     for size in (3, 3, 4, 3):  # memory is not filled with shapes
         function(there, (torch.zeros(size),))
     assert recorded == [4, 2, 4, 2, 3, 4]
+
+
+@pytest.mark.parametrize("is_enabled", [True, False])
+def test_garbage_is_collected_before_a_recording_and_not_during_it(
+    is_enabled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    collected: list[bool] = []
+    monkeypatch.setattr(gc, "collect", lambda: collected.append(gc.isenabled()))
+    before = gc.isenabled()
+    try:
+        (gc.enable if is_enabled else gc.disable)()
+        with garbage_collected_before():
+            assert not gc.isenabled()
+        assert gc.isenabled() == is_enabled
+        with pytest.raises(RuntimeError, match="capture"), garbage_collected_before():
+            raise RuntimeError("operation failed during capture")
+        assert gc.isenabled() == is_enabled
+    finally:
+        (gc.enable if before else gc.disable)()
+    assert collected == [False, False]
 
 
 @pytest.mark.gpu
