@@ -1,12 +1,15 @@
 """How a pass runs changes nothing but its speed."""
 
 import gc
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from dpsgd.clipping import clipped_grad
 from dpsgd.clipping.capture import (
@@ -15,6 +18,7 @@ from dpsgd.clipping.capture import (
     garbage_collected_before,
 )
 from dpsgd.clipping.vmap import VmapClippedGrad
+from dpsgd.models import per_example_loss, trainable_params
 from dpsgd.trees import Params, zeros_like
 
 
@@ -49,6 +53,39 @@ def test_a_compiler_that_fails_is_told_and_replaced(
     assert isinstance(engine, VmapClippedGrad)
     assert engine.execution == "eager"
     assert torch.equal(grads.clipped_sum["w"], expected.clipped_sum["w"])
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[CompileCounterWithBackend]:
+    """Counts what torch.compile traces, without the minute that code for it takes."""
+    counter = CompileCounterWithBackend("eager")
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
+    torch.compiler.reset()
+    yield counter
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("normalization", ["group_norm", "none"])
+def test_a_compiled_pass_of_a_network_is_one_graph_and_warns_of_nothing(
+    graphs: CompileCounterWithBackend,
+    tiny_network: Callable[..., nn.Module],
+    normalization: str,
+) -> None:
+    network = tiny_network(normalization=normalization)
+    loss, params = per_example_loss(network), trainable_params(network)
+    views, labels = torch.randn(2, 2, 3, 8, 8), torch.tensor([0, 2])
+    engine = clipped_grad(loss, clipping_norm=0.5, execution="compile")
+    for _ in range(2):  # the second has nothing left to compile
+        views = views + 1
+        grads = engine(params, views, labels)
+    expected = clipped_grad(loss, clipping_norm=0.5)(params, views, labels)
+
+    assert isinstance(engine, VmapClippedGrad)
+    assert engine.execution == "compile"
+    assert graphs.frame_count == 1
+    for name, leaf in expected.clipped_sum.items():
+        # Float32 sums in another order.
+        torch.testing.assert_close(grads.clipped_sum[name], leaf, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.gpu
