@@ -193,7 +193,7 @@ def main() -> None:
     paths = arguments.paths or [
         path for path in PATHS if device.type == "cuda" or "CUDA" not in path
     ]
-    rows = []
+    facts, rows = environment(), []
     for work in arguments.work:
         fitting = [path for path in paths if PATHS[path].takes(WORK[work])]
         measured = (
@@ -204,10 +204,10 @@ def main() -> None:
         for row in measured:
             print(to_json(row), flush=True)
             rows.append(row)
-    facts = environment()
+            if arguments.save:  # after every row: a later path may fail
+                text = to_json({**facts, "rows": rows}, indent=1)
+                arguments.save.write_text(text + "\n")
     show(rows, facts)
-    if arguments.save:
-        arguments.save.write_text(to_json({**facts, "rows": rows}, indent=1) + "\n")
     if arguments.plot:
         draw(rows, facts, arguments.plot)
 

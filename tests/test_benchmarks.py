@@ -5,6 +5,7 @@ import shutil
 import sys
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -147,3 +148,26 @@ def test_the_large_networks_of_the_benchmark_have_the_work_that_is_told() -> Non
         giga_macs = counter.get_total_flops() / 2e9
         assert giga_macs == pytest.approx(work.giga_macs, rel=2e-3), name  # 3 digits
     assert not set(throughput.SMALL) & {"nf-resnet-50 K=4", "nfnet-f3 K=4"}
+
+
+def test_rows_are_saved_before_a_later_path_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    throughput = benchmark_of("throughput")
+    saved = tmp_path / "throughput.json"
+    first, second = throughput.SMALL[:2]
+
+    def measure(name: str, paths: list[str], device: torch.device) -> list[Any]:
+        if name == second:
+            raise RuntimeError("no memory left")
+        return [throughput.row_of(name, path, device, 0.1) for path in paths]
+
+    monkeypatch.setattr(throughput, "measure_in_turn", measure)
+    arguments = ["throughput", "--device", "cpu", "--save", str(saved)]
+    monkeypatch.setattr(sys, "argv", [*arguments, "--work", first, second])
+    with pytest.raises(RuntimeError, match="no memory left"):
+        throughput.main()
+
+    rows = json.loads(saved.read_text())["rows"]
+    assert len(rows) > 1
+    assert {row["work"] for row in rows} == {first}
