@@ -13,6 +13,7 @@ The large networks are measured only when they are asked for.
 """
 
 import argparse
+import gc
 import math
 import statistics
 import sys
@@ -48,6 +49,18 @@ def seconds(run: Callable[[], Any], device: torch.device) -> float:
     return time.perf_counter() - started
 
 
+def start_afresh(device: torch.device) -> None:
+    """Drops what earlier paths left, which counts as memory of the next one otherwise.
+
+    That is compiled code with its graphs, and recordings, which lie in cycles.
+    """
+    torch.compiler.reset()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
 def rounds(
     work: Work, paths: list[str], device: torch.device
 ) -> list[dict[str, float]]:
@@ -56,7 +69,7 @@ def rounds(
     What else a machine does then slows all of them, and a ratio can be the median over
     rounds of what it was in each.
     """
-    torch.compiler.reset()
+    start_afresh(device)
     runs = {}
     for path in paths:
         with operators_of(path):
@@ -73,8 +86,6 @@ def rounds(
 
 def measure_on_gpu(name: str, path: str, device: torch.device) -> dict[str, Any]:
     """Measures one path on one work by itself, and its memory."""
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
     try:
         times = [one[path] for one in rounds(WORK[name], [path], device)]
     except torch.OutOfMemoryError:
