@@ -1,18 +1,22 @@
 """The benchmarks run where there is no GPU, too."""
 
+import gc
 import json
 import shutil
 import sys
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from small_runs import ROOT, benchmark_of
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
 
 from dpsgd.config import load_config
+from dpsgd.models.wide_resnet import WideResNet
 
 
 def test_every_operator_is_timed_and_right(
@@ -148,6 +152,40 @@ def test_the_large_networks_of_the_benchmark_have_the_work_that_is_told() -> Non
         giga_macs = counter.get_total_flops() / 2e9
         assert giga_macs == pytest.approx(work.giga_macs, rel=2e-3), name  # 3 digits
     assert not set(throughput.SMALL) & {"nf-resnet-50 K=4", "nfnet-f3 K=4"}
+
+
+def small_work(throughput: Any) -> Any:
+    """Two examples of eight views of a WRN-10-1."""
+    model = {"depth": 10, "width": 1}
+    return throughput.Work(model=model, examples=2, views=8, giga_macs=0.1, side=8)
+
+
+def networks() -> int:
+    """Counts the Wide-ResNets that are there."""
+    return sum(type(one) is WideResNet for one in gc.get_objects())
+
+
+@pytest.mark.parametrize(
+    "path", ["non-private, torch.compile", "vmap(grad), torch.compile"]
+)
+def test_a_compiled_path_is_one_graph_of_which_nothing_is_left(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    throughput = benchmark_of("throughput")
+    graphs, cpu = CompileCounterWithBackend("eager"), torch.device("cpu")
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=graphs))
+    throughput.start_afresh(cpu)
+    before = networks()
+    with throughput.operators_of(path):
+        run = throughput.prepared(small_work(throughput), path, cpu)
+        run()
+        run()  # warns if it had to go on eagerly
+    assert graphs.frame_count == 1
+    assert networks() == before + 1
+
+    del run
+    throughput.start_afresh(cpu)
+    assert networks() == before
 
 
 def test_rows_are_saved_before_a_later_path_fails(
