@@ -34,7 +34,7 @@ from rich.table import Table
 from dpsgd.report import environment, to_json
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from throughput_paths import COMPILED, PATHS, SMALL, WORK, Work, operators_of, prepared
+from throughput_paths import COMPILED, PATHS, SMALL, WORK, Work, prepared
 
 DENSE_BF16_TFLOPS = 989  # of an H100 or H200 SXM, by the vendor's data sheet
 WARM_UPS, PASSES = 3, 20
@@ -72,13 +72,13 @@ def rounds(
     start_afresh(device)
     runs = {}
     for path in paths:
-        with operators_of(path):
+        with PATHS[path].operators():
             runs[path] = prepared(work, path, device)
     taken = []
     for _ in range(WARM_UPS + PASSES):
         times = {}
         for path, run in runs.items():
-            with operators_of(path):
+            with PATHS[path].operators():
                 times[path] = seconds(run, device)
         taken.append(times)
     return taken[WARM_UPS:]

@@ -176,7 +176,7 @@ def test_a_compiled_path_is_one_graph_of_which_nothing_is_left(
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=graphs))
     throughput.start_afresh(cpu)
     before = networks()
-    with throughput.operators_of(path):
+    with throughput.PATHS[path].operators():
         run = throughput.prepared(small_work(throughput), path, cpu)
         run()
         run()  # warns if it had to go on eagerly
@@ -186,6 +186,24 @@ def test_a_compiled_path_is_one_graph_of_which_nothing_is_left(
     del run
     throughput.start_afresh(cpu)
     assert networks() == before
+
+
+def test_the_ordinary_network_is_ours_and_stays_channels_last() -> None:
+    throughput = benchmark_of("throughput_paths")
+    name, cpu = "non-private, eager", torch.device("cpu")
+    grads = []
+    for operators in (throughput.ordinary_operators, throughput.plain_operators):
+        torch.manual_seed(0)
+        with operators():
+            grads.append(throughput.prepared(small_work(throughput), name, cpu)())
+    # Float32 sums in another order, of gradients up to 1.
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
+
+    geometry = throughput.ConvGeometry(3, 2, 1, 1)
+    x = torch.randn(2, 4, 8, 8).contiguous(memory_format=torch.channels_last)
+    weight, gain = torch.randn(6, 3, 3, 4), torch.ones(6)
+    y = throughput.channels_last_conv2d(x, weight, gain, geometry)
+    assert y.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_rows_are_saved_before_a_later_path_fails(
