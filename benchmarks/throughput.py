@@ -13,6 +13,7 @@ The large networks are measured only when they are asked for.
 """
 
 import argparse
+import gc
 import math
 import statistics
 import sys
@@ -33,7 +34,7 @@ from rich.table import Table
 from dpsgd.report import environment, to_json
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from throughput_paths import COMPILED, PATHS, SMALL, WORK, Work, operators_of, prepared
+from throughput_paths import COMPILED, PATHS, SMALL, WORK, Work, prepared
 
 DENSE_BF16_TFLOPS = 989  # of an H100 or H200 SXM, by the vendor's data sheet
 WARM_UPS, PASSES = 3, 20
@@ -48,6 +49,18 @@ def seconds(run: Callable[[], Any], device: torch.device) -> float:
     return time.perf_counter() - started
 
 
+def start_afresh(device: torch.device) -> None:
+    """Drops what earlier paths left, which counts as memory of the next one otherwise.
+
+    That is compiled code with its graphs, and recordings, which lie in cycles.
+    """
+    torch.compiler.reset()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
 def rounds(
     work: Work, paths: list[str], device: torch.device
 ) -> list[dict[str, float]]:
@@ -56,16 +69,16 @@ def rounds(
     What else a machine does then slows all of them, and a ratio can be the median over
     rounds of what it was in each.
     """
-    torch.compiler.reset()
+    start_afresh(device)
     runs = {}
     for path in paths:
-        with operators_of(path):
+        with PATHS[path].operators():
             runs[path] = prepared(work, path, device)
     taken = []
     for _ in range(WARM_UPS + PASSES):
         times = {}
         for path, run in runs.items():
-            with operators_of(path):
+            with PATHS[path].operators():
                 times[path] = seconds(run, device)
         taken.append(times)
     return taken[WARM_UPS:]
@@ -73,8 +86,6 @@ def rounds(
 
 def measure_on_gpu(name: str, path: str, device: torch.device) -> dict[str, Any]:
     """Measures one path on one work by itself, and its memory."""
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
     try:
         times = [one[path] for one in rounds(WORK[name], [path], device)]
     except torch.OutOfMemoryError:
@@ -193,7 +204,7 @@ def main() -> None:
     paths = arguments.paths or [
         path for path in PATHS if device.type == "cuda" or "CUDA" not in path
     ]
-    rows = []
+    facts, rows = environment(), []
     for work in arguments.work:
         fitting = [path for path in paths if PATHS[path].takes(WORK[work])]
         measured = (
@@ -204,10 +215,10 @@ def main() -> None:
         for row in measured:
             print(to_json(row), flush=True)
             rows.append(row)
-    facts = environment()
+            if arguments.save:  # after every row: a later path may fail
+                text = to_json({**facts, "rows": rows}, indent=1)
+                arguments.save.write_text(text + "\n")
     show(rows, facts)
-    if arguments.save:
-        arguments.save.write_text(to_json({**facts, "rows": rows}, indent=1) + "\n")
     if arguments.plot:
         draw(rows, facts, arguments.plot)
 

@@ -11,12 +11,19 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from torch import nn
-from torch.func import functional_call
+from torch import Tensor, nn
 
 from dpsgd.clipping import clipped_grad
 from dpsgd.config import ModelConfig
-from dpsgd.models import build_model, initialize, per_example_loss, trainable_params
+from dpsgd.kernels import ConvGeometry
+from dpsgd.kernels.weight_standardization import standardize_reference
+from dpsgd.models import (
+    build_model,
+    initialize,
+    layers,
+    per_example_loss,
+    trainable_params,
+)
 from dpsgd.rng import RandomStreams
 from dpsgd.trees import zeros_like
 
@@ -80,14 +87,45 @@ SMALL = [name for name, work in WORK.items() if not work.is_large]
 OPERATORS = ("fused_norm", "standardized_conv")
 
 
+def never(_: Tensor) -> bool:
+    """Takes no tensor to a kernel; unlike a mock, torch.compile can follow it."""
+    return False
+
+
+def channels_last_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    gain: Tensor | None,
+    geometry: ConvGeometry,
+    *,
+    scale: float = 1.0,
+) -> Tensor:
+    """Does what `standardized_conv2d` does, in the layout that images come in.
+
+    Its plain form makes them contiguous, which only vmap is faster with.
+    """
+    if gain is not None:
+        weight, _ = standardize_reference(weight, gain, weight.dtype, scale=scale)
+    kernel = weight.permute(0, 3, 1, 2).to(x.dtype)  # (O, I, KH, KW), channels-last
+    _, stride, padding, groups = geometry
+    return F.conv2d(x, kernel, stride=stride, padding=padding, groups=groups)
+
+
 @contextlib.contextmanager
 def plain_operators() -> Iterator[None]:
     """Keeps layers on PyTorch's own operators; the clipped sum stays ours."""
     with contextlib.ExitStack() as stack:
         for name in OPERATORS:
             module = importlib.import_module(f"dpsgd.kernels.{name}")
-            patch = mock.patch.object(module, "runs_on_triton", return_value=False)
-            stack.enter_context(patch)
+            stack.enter_context(mock.patch.object(module, "runs_on_triton", never))
+        yield
+
+
+@contextlib.contextmanager
+def ordinary_operators() -> Iterator[None]:
+    """As `plain_operators`, in the layout that training without privacy wants."""
+    patch = mock.patch.object(layers, "standardized_conv2d", channels_last_conv2d)
+    with plain_operators(), patch:
         yield
 
 
@@ -109,21 +147,24 @@ def private(execution: str, engine: str = "vmap") -> Callable[..., Callable[[], 
     return build
 
 
-def non_private(*, compiled: bool) -> Callable[..., Callable[[], Any]]:
-    """Returns what builds an ordinary forward and backward pass."""
+def non_private(**compiler: Any) -> Callable[..., Callable[[], Any]]:
+    """Returns what builds an ordinary forward and backward pass.
+
+    Args:
+        **compiler: Options of torch.compile; none leaves the pass eager.
+    """
 
     def build(model, images, labels):
-        params = {
-            name: leaf.requires_grad_() for name, leaf in model.named_parameters()
-        }
+        params = list(model.parameters())
         images = images.flatten(0, 1).contiguous(memory_format=torch.channels_last)
         labels = labels.repeat_interleave(images.shape[0] // len(labels))
 
         def loss(images, labels):
-            return F.cross_entropy(functional_call(model, params, (images,)), labels)
+            return F.cross_entropy(model(images), labels)
 
-        loss = torch.compile(loss) if compiled else loss
-        return lambda: torch.autograd.grad(loss(images, labels), list(params.values()))
+        if compiler:
+            loss = torch.compile(loss, **compiler)
+        return lambda: torch.autograd.grad(loss(images, labels), params)
 
     return build
 
@@ -152,13 +193,15 @@ class Contender:
     Attributes:
         build: Returns a pass of a network, images (M, K, ...) and labels (M,).
         network: Builds the network of a work, in a type.
-        uses_our_operators: Whether layers use our kernels.
+        operators: Returns the context in which it is built and taken.
         views: The only number of views that it can take; None takes any.
     """
 
     build: Callable[..., Callable[[], Any]]
     network: Callable[[Work, str], nn.Module] = network
-    uses_our_operators: bool = False
+    operators: Callable[[], contextlib.AbstractContextManager[None]] = (
+        contextlib.nullcontext
+    )
     views: int | None = None
 
     def takes(self, work: Work) -> bool:
@@ -168,31 +211,30 @@ class Contender:
         return self.views in (None, work.views)
 
 
-def _ours(execution: str, engine: str) -> Contender:
-    return Contender(build=private(execution, engine), uses_our_operators=True)
+def _ordinary(**compiler: Any) -> Contender:
+    return Contender(build=non_private(**compiler), operators=ordinary_operators)
+
+
+def _plain(execution: str) -> Contender:
+    return Contender(build=private(execution), operators=plain_operators)
 
 
 COMPILED = "non-private, torch.compile"
 PATHS: dict[str, Contender] = {
-    "non-private, eager": Contender(build=non_private(compiled=False)),
-    COMPILED: Contender(build=non_private(compiled=True)),
+    "non-private, eager": _ordinary(),
+    COMPILED: _ordinary(fullgraph=True),
+    f"{COMPILED}, CUDA graphs": _ordinary(fullgraph=True, mode="reduce-overhead"),
     "Opacus, hooks": Contender(build=opacus_passes.hooks, network=plain_network),
     "Opacus, ghost": Contender(
         build=opacus_passes.ghost, network=plain_network, views=1
     ),
-    "vmap(grad), eager": Contender(build=private("eager")),
-    "vmap(grad), torch.compile": Contender(build=private("compile")),
-    "dpsgd vmap, eager": _ours("eager", "vmap"),
-    "dpsgd vmap, CUDA graph": _ours("cuda_graph", "vmap"),
-    "dpsgd ghost, eager": _ours("eager", "ghost"),
-    "dpsgd ghost, CUDA graph": _ours("cuda_graph", "ghost"),
+    "vmap(grad), eager": _plain("eager"),
+    "vmap(grad), torch.compile": _plain("compile"),
+    "dpsgd vmap, eager": Contender(build=private("eager")),
+    "dpsgd vmap, CUDA graph": Contender(build=private("cuda_graph")),
+    "dpsgd ghost, eager": Contender(build=private("eager", "ghost")),
+    "dpsgd ghost, CUDA graph": Contender(build=private("cuda_graph", "ghost")),
 }
-
-
-def operators_of(path: str) -> contextlib.AbstractContextManager[None]:
-    """Returns the context in which a path is built and taken."""
-    ours = PATHS[path].uses_our_operators
-    return contextlib.nullcontext() if ours else plain_operators()
 
 
 def prepared(work: Work, path: str, device: torch.device) -> Callable[[], Any]:

@@ -1,17 +1,22 @@
 """The benchmarks run where there is no GPU, too."""
 
+import gc
 import json
 import shutil
 import sys
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from small_runs import ROOT, benchmark_of
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
 
 from dpsgd.config import load_config
+from dpsgd.models.wide_resnet import WideResNet
 
 
 def test_every_operator_is_timed_and_right(
@@ -147,3 +152,78 @@ def test_the_large_networks_of_the_benchmark_have_the_work_that_is_told() -> Non
         giga_macs = counter.get_total_flops() / 2e9
         assert giga_macs == pytest.approx(work.giga_macs, rel=2e-3), name  # 3 digits
     assert not set(throughput.SMALL) & {"nf-resnet-50 K=4", "nfnet-f3 K=4"}
+
+
+def small_work(throughput: Any) -> Any:
+    """Two examples of eight views of a WRN-10-1."""
+    model = {"depth": 10, "width": 1}
+    return throughput.Work(model=model, examples=2, views=8, giga_macs=0.1, side=8)
+
+
+def networks() -> int:
+    """Counts the Wide-ResNets that are there."""
+    return sum(type(one) is WideResNet for one in gc.get_objects())
+
+
+@pytest.mark.parametrize(
+    "path", ["non-private, torch.compile", "vmap(grad), torch.compile"]
+)
+def test_a_compiled_path_is_one_graph_of_which_nothing_is_left(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    throughput = benchmark_of("throughput")
+    graphs, cpu = CompileCounterWithBackend("eager"), torch.device("cpu")
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=graphs))
+    throughput.start_afresh(cpu)
+    before = networks()
+    with throughput.PATHS[path].operators():
+        run = throughput.prepared(small_work(throughput), path, cpu)
+        run()
+        run()  # warns if it had to go on eagerly
+    assert graphs.frame_count == 1
+    assert networks() == before + 1
+
+    del run
+    throughput.start_afresh(cpu)
+    assert networks() == before
+
+
+def test_the_ordinary_network_is_ours_and_stays_channels_last() -> None:
+    throughput = benchmark_of("throughput_paths")
+    name, cpu = "non-private, eager", torch.device("cpu")
+    grads = []
+    for operators in (throughput.ordinary_operators, throughput.plain_operators):
+        torch.manual_seed(0)
+        with operators():
+            grads.append(throughput.prepared(small_work(throughput), name, cpu)())
+    # Float32 sums in another order, of gradients up to 1.
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
+
+    geometry = throughput.ConvGeometry(3, 2, 1, 1)
+    x = torch.randn(2, 4, 8, 8).contiguous(memory_format=torch.channels_last)
+    weight, gain = torch.randn(6, 3, 3, 4), torch.ones(6)
+    y = throughput.channels_last_conv2d(x, weight, gain, geometry)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_rows_are_saved_before_a_later_path_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    throughput = benchmark_of("throughput")
+    saved = tmp_path / "throughput.json"
+    first, second = throughput.SMALL[:2]
+
+    def measure(name: str, paths: list[str], device: torch.device) -> list[Any]:
+        if name == second:
+            raise RuntimeError("no memory left")
+        return [throughput.row_of(name, path, device, 0.1) for path in paths]
+
+    monkeypatch.setattr(throughput, "measure_in_turn", measure)
+    arguments = ["throughput", "--device", "cpu", "--save", str(saved)]
+    monkeypatch.setattr(sys, "argv", [*arguments, "--work", first, second])
+    with pytest.raises(RuntimeError, match="no memory left"):
+        throughput.main()
+
+    rows = json.loads(saved.read_text())["rows"]
+    assert len(rows) > 1
+    assert {row["work"] for row in rows} == {first}

@@ -1,12 +1,14 @@
 """Replays a pass of fixed shapes from a CUDA graph: one launch instead of thousands."""
 
-from collections.abc import Callable
+import contextlib
+import gc
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["CapturedFunction", "Recording"]
+__all__ = ["CapturedFunction", "Recording", "garbage_collected_before"]
 
 _WARM_UPS = 3
 _MOST_RECORDINGS = 2  # whole microbatches, and the half one that ends a draw
@@ -61,9 +63,26 @@ class CapturedFunction:
                 self._function(fixed, inputs)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._memory):
+        with garbage_collected_before(), torch.cuda.graph(graph, pool=self._memory):
             outputs = self._function(fixed, inputs)
         return Recording(graph, inputs, outputs)
+
+
+@contextlib.contextmanager
+def garbage_collected_before() -> Iterator[None]:
+    """Collects garbage on entering, and none until leaving.
+
+    An older graph that the collector destroys while another is recorded calls what CUDA
+    does not permit then, and spoils the recording.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        gc.collect()
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 class Recording(NamedTuple):

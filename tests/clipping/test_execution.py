@@ -1,15 +1,24 @@
 """How a pass runs changes nothing but its speed."""
 
+import gc
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from dpsgd.clipping import clipped_grad
-from dpsgd.clipping.capture import CapturedFunction, Recording
+from dpsgd.clipping.capture import (
+    CapturedFunction,
+    Recording,
+    garbage_collected_before,
+)
 from dpsgd.clipping.vmap import VmapClippedGrad
+from dpsgd.models import per_example_loss, trainable_params
 from dpsgd.trees import Params, zeros_like
 
 
@@ -44,6 +53,39 @@ def test_a_compiler_that_fails_is_told_and_replaced(
     assert isinstance(engine, VmapClippedGrad)
     assert engine.execution == "eager"
     assert torch.equal(grads.clipped_sum["w"], expected.clipped_sum["w"])
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[CompileCounterWithBackend]:
+    """Counts what torch.compile traces, without the minute that code for it takes."""
+    counter = CompileCounterWithBackend("eager")
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
+    torch.compiler.reset()
+    yield counter
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("normalization", ["group_norm", "none"])
+def test_a_compiled_pass_of_a_network_is_one_graph_and_warns_of_nothing(
+    graphs: CompileCounterWithBackend,
+    tiny_network: Callable[..., nn.Module],
+    normalization: str,
+) -> None:
+    network = tiny_network(normalization=normalization)
+    loss, params = per_example_loss(network), trainable_params(network)
+    views, labels = torch.randn(2, 2, 3, 8, 8), torch.tensor([0, 2])
+    engine = clipped_grad(loss, clipping_norm=0.5, execution="compile")
+    for _ in range(2):  # the second has nothing left to compile
+        views = views + 1
+        grads = engine(params, views, labels)
+    expected = clipped_grad(loss, clipping_norm=0.5)(params, views, labels)
+
+    assert isinstance(engine, VmapClippedGrad)
+    assert engine.execution == "compile"
+    assert graphs.frame_count == 1
+    for name, leaf in expected.clipped_sum.items():
+        # Float32 sums in another order.
+        torch.testing.assert_close(grads.clipped_sum[name], leaf, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.gpu
@@ -107,6 +149,26 @@ def test_two_sets_of_shapes_are_kept_until_tensors_move(
     for size in (3, 3, 4, 3):  # memory is not filled with shapes
         function(there, (torch.zeros(size),))
     assert recorded == [4, 2, 4, 2, 3, 4]
+
+
+@pytest.mark.parametrize("is_enabled", [True, False])
+def test_garbage_is_collected_before_a_recording_and_not_during_it(
+    is_enabled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    collected: list[bool] = []
+    monkeypatch.setattr(gc, "collect", lambda: collected.append(gc.isenabled()))
+    before = gc.isenabled()
+    try:
+        (gc.enable if is_enabled else gc.disable)()
+        with garbage_collected_before():
+            assert not gc.isenabled()
+        assert gc.isenabled() == is_enabled
+        with pytest.raises(RuntimeError, match="capture"), garbage_collected_before():
+            raise RuntimeError("operation failed during capture")
+        assert gc.isenabled() == is_enabled
+    finally:
+        (gc.enable if before else gc.disable)()
+    assert collected == [False, False]
 
 
 @pytest.mark.gpu
