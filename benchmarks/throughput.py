@@ -6,7 +6,7 @@ with privacy, the clipped sum of one microbatch.
 
     pip install opacus
     python benchmarks/throughput.py --save benchmarks/results/throughput_NAME.json \
-        --plot benchmarks/results/throughput_NAME.png
+        --plot benchmarks/results/throughput_NAME.svg
     python benchmarks/throughput.py --work "nf-resnet-50 K=4" "nfnet-f3 K=4"
 
 The large networks are measured only when they are asked for.
@@ -22,16 +22,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
 import torch
 from rich.console import Console
 from rich.table import Table
 
 from dpsgd.report import environment, to_json
+from dpsgd.report.drawing import LIGHT, new_axes, to_svg
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from throughput_paths import COMPILED, PATHS, SMALL, WORK, Work, prepared
@@ -164,30 +160,36 @@ def show(rows: list[dict[str, Any]], facts: dict[str, Any]) -> None:
 
 
 def draw(rows: list[dict[str, Any]], facts: dict[str, Any], path: Path) -> None:
-    """Draws bars of views a second, one group for each work."""
+    """Draws bars of views a second as SVG, one group for each work."""
     works = list(dict.fromkeys(row["work"] for row in rows))
-    figure, panels = plt.subplots(
-        1, len(works), figsize=(4.2 * len(works), 3.6), squeeze=False
-    )
-    for panel, work in zip(panels[0], works, strict=True):
-        shown = [row for row in reversed(rows) if row["work"] == work]
-        speeds = [row["views_per_second"] for row in shown]
-        ours = [row["path"].startswith("dpsgd") for row in shown]
-        bars = panel.barh(
-            [row["path"] for row in shown],
-            speeds,
-            color=["#1f6feb" if is_ours else "#9aa4b2" for is_ours in ours],
+    title = f"Views/s, {facts['device']}"
+    lines = [
+        line
+        for work in works
+        for line in (work, *(row for row in rows if row["work"] == work))
+    ]
+    with new_axes(title, height=0.7 + 0.21 * len(lines)) as axes:
+        bars = {at: line for at, line in enumerate(lines) if line not in works}
+        drawn = axes.barh(
+            list(bars),
+            [row["views_per_second"] for row in bars.values()],
+            color=[
+                LIGHT["series-1" if row["path"].startswith("dpsgd") else "bar"]
+                for row in bars.values()
+            ],
         )
-        panel.bar_label(bars, fmt="{:,.0f}", padding=3, fontsize=8)
-        panel.set_title(work, fontsize=10)
-        panel.set_xlabel("views / s", fontsize=9)
-        panel.tick_params(labelsize=8)
-        panel.margins(x=0.2)
-        panel.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(f"{facts['device']}, torch {facts['versions']['torch']}")
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+        axes.bar_label(drawn, fmt="{:,.0f}", padding=3, fontsize=8)
+        axes.set_yticks(list(bars), [row["path"] for row in bars.values()], fontsize=8)
+        for at, work in enumerate(lines):
+            if work in works:
+                axes.text(0, at, f" {work}", weight="bold", fontsize=8, va="center")
+        axes.set_ylim(len(lines) - 0.5, -0.7)
+        axes.margins(x=0.25)
+        axes.grid(visible=False)
+        axes.set_xticks([])
+        axes.tick_params(length=0)
+        axes.spines["bottom"].set_visible(False)
+        path.write_text(to_svg(axes.figure, path.stem, is_inline=False))
 
 
 def main() -> None:
