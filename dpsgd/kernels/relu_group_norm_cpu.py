@@ -2,7 +2,8 @@
 
 On a CPU the time goes to passes over memory. Here all passes over a few images follow
 each other, while these lie in the cache, and images stay channels-last, as convolutions
-leave them: each is a matrix of positions and channels, (P, C).
+leave them. The norm forward is PyTorch's own; backward it has no gradients of scale and
+shift for every image.
 """
 
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from dpsgd.kernels.relu_group_norm_triton import Affine
 
 __all__ = ["relu_group_norm_backward_cpu", "relu_group_norm_cpu"]
 
-_ELEMENTS = 1 << 17  # of the images taken at a time: 0.5 MiB of a cache of 1 or 2
+_ELEMENTS = 1 << 18  # of the images taken at a time: 1 MiB of a cache of 1 or 2
 
 
 def relu_group_norm_cpu(
@@ -29,29 +30,25 @@ def relu_group_norm_cpu(
 ) -> tuple[tuple[Tensor, ...], Tensor | None, Tensor, Tensor]:
     """Does what `relu_group_norm_forward` does."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    images = _as_matrices(x)  # (N, P, C)
-    addends = None if residual is None else _as_matrices(residual)
-    outputs = [torch.empty_like(images) for _ in affines]
-    total = None if residual is None else torch.empty_like(images)
+    layout = torch.channels_last
+    outputs = tuple(torch.empty_like(x, memory_format=layout) for _ in affines)
+    total = None if residual is None else torch.empty_like(x, memory_format=layout)
     mean, rstd = (x.new_empty(len(x), num_groups, dtype=wide) for _ in range(2))
-    for few in _few_at_a_time(images):
-        value = images[few].to(wide)
+    for few in _few_at_a_time(x):
+        value = x[few].to(wide, memory_format=layout)
         if bias is not None:
-            value = value + bias.to(wide)
-        if total is not None and addends is not None:
-            torch.add(value, addends[few].to(wide), out=total[few])
+            value = value + bias.to(wide).view(-1, 1, 1)
+        if residual is not None and total is not None:
+            torch.add(value, residual[few].to(wide), out=total[few])
             value = total[few].to(wide)
         active = F.relu(value)
-        mean[few] = _group_means(active.mean(1), num_groups)
-        centred = active.sub_(_per_channel(mean[few], active))
-        variance = _group_means(centred.square().mean(1), num_groups)
-        rstd[few] = torch.rsqrt(variance + eps)
-        spread = _per_channel(rstd[few], active)
-        for output, (scale, shift) in zip(outputs, affines, strict=True):
-            slope = scale.to(wide) * spread
-            torch.addcmul(shift.to(wide), centred, slope, out=output[few])
-    sums = None if total is None else _as_images(total, x)
-    return tuple(_as_images(one, x) for one in outputs), sums, mean, rstd
+        sizes = (len(active), active.shape[1], active[0, 0].numel(), num_groups)
+        for output, affine in zip(outputs, affines, strict=True):
+            parameters = (one.to(wide) for one in affine)
+            output[few], mean[few], rstd[few] = torch.native_group_norm(
+                active, *parameters, *sizes, eps
+            )
+    return outputs, total, mean, rstd
 
 
 def relu_group_norm_backward_cpu(
@@ -64,35 +61,32 @@ def relu_group_norm_backward_cpu(
     scales: tuple[Tensor, ...],
 ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...], Tensor]:
     """Does what `relu_group_norm_backward` does."""
-    images = _as_matrices(total)  # (N, P, C)
-    grads = [_as_matrices(grad) for grad in grads_y]
-    others = None if grad_total is None else _as_matrices(grad_total)
-    wide_scales = [scale.to(mean.dtype) for scale in scales]
-    grad_x = torch.empty_like(images)
+    wide, layout = mean.dtype, torch.channels_last
+    grad_x = torch.empty_like(total, memory_format=layout)
+    wide_scales = [scale.to(wide) for scale in scales]
     rows = []
-    for few in _few_at_a_time(images):
-        value = images[few].to(mean.dtype)
+    for few in _few_at_a_time(total):
+        value = total[few].to(wide, memory_format=layout)
         if bias is not None:
-            value = value + bias.to(mean.dtype)
-        few_grads = [grad[few].to(mean.dtype) for grad in grads]
+            value = value + bias.to(wide).view(-1, 1, 1)
         active = F.relu(value)
+        grads = [grad[few].to(wide, memory_format=layout) for grad in grads_y]
         result, *of_affines = _norm_backward(
-            active, few_grads, mean[few], rstd[few], wide_scales
+            active, grads, mean[few], rstd[few], wide_scales
         )
-        result = torch.ops.aten.threshold_backward(result, active, 0)
-        if others is not None:
-            result += others[few]
-        grad_x[few] = result
-        rows.append((*of_affines, result.sum(1)))
+        written = grad_x[few] if total.dtype == wide else result
+        torch.ops.aten.threshold_backward.grad_input(
+            result, active, 0, grad_input=written
+        )
+        if grad_total is not None:
+            written += grad_total[few]
+        if total.dtype != wide:
+            grad_x[few] = written
+        rows.append((*of_affines, written.sum((2, 3))))
     columns = [torch.cat(parts) for parts in zip(*rows, strict=True)]  # (N, C) each
     *of_affines, grad_bias = columns
-    grad_scales, grad_shifts = of_affines[: len(grads)], of_affines[len(grads) :]
-    return (
-        _as_images(grad_x, total),
-        tuple(grad_scales),
-        tuple(grad_shifts),
-        grad_bias,
-    )
+    count = len(scales)
+    return grad_x, tuple(of_affines[:count]), tuple(of_affines[count:]), grad_bias
 
 
 def _norm_backward(
@@ -102,55 +96,48 @@ def _norm_backward(
     rstd: Tensor,
     scales: list[Tensor],
 ) -> list[Tensor]:
-    """Returns gradients of a norm's inputs (N, P, C), of its scales and shifts (N, C).
+    """Returns gradients of a norm's inputs (N, C, H, W), of scales and shifts (N, C).
 
-    The means over a group of the scaled gradient, and of its product with the
-    normalised images, are formed from the gradients of shifts and scales.
+    The first is linear in what was given and in what was normalised, with factors for
+    each channel that follow from the gradients of shifts and scales.
     """
-    spread = _per_channel(rstd, active)
-    normalized = (active - _per_channel(mean, active)).mul_(spread)
-    grad_scales = [(grad * normalized).sum(1) for grad in grads]
-    grad_shifts = [grad.sum(1) for grad in grads]
-    means, alongs = (
-        torch.stack([row * scale for row, scale in zip(rows, scales, strict=True)])
-        .sum(0)
-        .div(active.shape[1])
+    center, spread = (_per_channel(one, active.shape[1]) for one in (mean, rstd))
+    grad_shifts = [grad.sum((2, 3)) for grad in grads]
+    grad_scales = [
+        ((grad * active).sum((2, 3)) - center * shift) * spread
+        for grad, shift in zip(grads, grad_shifts, strict=True)
+    ]
+    mean_grad, along = (
+        _per_channel(_group_sums(rows, scales, mean.shape[1]), active.shape[1])
         for rows in (grad_shifts, grad_scales)
     )
-    mean_grad, along = (
-        _per_channel(_group_means(one, mean.shape[1]), active)
-        for one in (means, alongs)
-    )
-    grad_active = torch.addcmul(-mean_grad * spread, normalized, -along * spread)
+    count = active[0].numel() // mean.shape[1]
+    per_value = -spread.square() * along / count
+    constant = -spread * mean_grad / count - per_value * center
+    result = torch.addcmul(_of_images(constant), active, _of_images(per_value))
     for grad, scale in zip(grads, scales, strict=True):
-        grad_active.addcmul_(grad, scale * spread)
-    return [grad_active, *grad_scales, *grad_shifts]
+        result.addcmul_(grad, _of_images(scale * spread))
+    return [result, *grad_scales, *grad_shifts]
 
 
-def _as_matrices(images: Tensor) -> Tensor:
-    """Returns (N, P, C) of images; a copy only if they are not channels-last."""
-    laid_out = images.contiguous(memory_format=torch.channels_last)
-    return laid_out.permute(0, 2, 3, 1).flatten(1, 2)
-
-
-def _as_images(matrices: Tensor, like: Tensor) -> Tensor:
-    """Returns (N, P, C) as (N, C, H, W), channels-last."""
-    return matrices.unflatten(1, like.shape[2:]).permute(0, 3, 1, 2)
-
-
-def _few_at_a_time(matrices: Tensor) -> Iterator[slice]:
+def _few_at_a_time(images: Tensor) -> Iterator[slice]:
     """Yields slices of a few images each."""
-    step = max(1, _ELEMENTS // matrices[0].numel())
-    for start in range(0, len(matrices), step):
+    step = max(1, _ELEMENTS // images[0].numel())
+    for start in range(0, len(images), step):
         yield slice(start, start + step)
 
 
-def _group_means(per_channel: Tensor, num_groups: int) -> Tensor:
-    """Returns (N, groups) means of (N, C)."""
-    return per_channel.unflatten(1, (num_groups, -1)).mean(2)
+def _group_sums(rows: list[Tensor], scales: list[Tensor], num_groups: int) -> Tensor:
+    """Returns (N, groups) sums of (N, C) rows, each times its scale."""
+    products = [row * scale for row, scale in zip(rows, scales, strict=True)]
+    return torch.stack(products).sum(0).unflatten(1, (num_groups, -1)).sum(2)
 
 
-def _per_channel(per_group: Tensor, matrices: Tensor) -> Tensor:
-    """Returns (N, 1, C) of (N, groups), the same for all channels of a group."""
-    group_size = matrices.shape[2] // per_group.shape[1]
-    return per_group.repeat_interleave(group_size, dim=1)[:, None]
+def _per_channel(per_group: Tensor, channels: int) -> Tensor:
+    """Returns (N, C) of (N, groups), the same for all channels of a group."""
+    return per_group.repeat_interleave(channels // per_group.shape[1], dim=1)
+
+
+def _of_images(per_channel: Tensor) -> Tensor:
+    """Returns (N, C) as factors of images, (N, C, 1, 1)."""
+    return per_channel[:, :, None, None]

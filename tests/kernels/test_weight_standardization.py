@@ -86,6 +86,11 @@ def by_autograd(weight: Tensor, gain: Tensor, grads: Tensor) -> list[Tensor]:
     return [torch.stack(one) for one in zip(*pairs, strict=True)]
 
 
+def squared_norms(raw: Tensor, of_gain: Tensor) -> Tensor:
+    """Squares (M,) of the norms over weights and gain together."""
+    return raw.flatten(1).square().sum(1) + of_gain.square().sum(1)
+
+
 def assert_near(found: Tensor, expected: Tensor) -> None:
     """Compares float32 sums of up to 180 terms, some of which cancel, with float64."""
     atol = 1e-5 * float(expected.abs().max())
@@ -147,7 +152,7 @@ def test_the_jacobian_is_that_of_autograd(
     _, how = RUNS[name][0](weight, gain, torch.float32)
     grads = draw(num_examples, *shape).float().to(kernel_device)
     raw_expected, gain_expected = by_autograd(weight, gain, grads)
-    squares = raw_expected.flatten(1).square().sum(1) + gain_expected.square().sum(1)
+    squares = squared_norms(raw_expected, gain_expected)
 
     before = grads.clone()
     assert_near(RUNS[name][2](grads, how), squares)
@@ -171,7 +176,7 @@ def test_norms_follow_from_moments(
     _, how = RUNS[name][0](weight, gain, torch.float32)
     grads = draw(3, *shape).float().to(kernel_device)
     raw_expected, gain_expected = by_autograd(weight, gain, grads)
-    squares = raw_expected.flatten(1).square().sum(1) + gain_expected.square().sum(1)
+    squares = squared_norms(raw_expected, gain_expected)
 
     assert_near(RUNS[name][3](moments_of(grads, how), how), squares)
 
@@ -184,7 +189,7 @@ def test_norms_of_terms_that_cancel_are_not_too_small(
     _, how = RUNS[name][0](weight, gain, torch.float32)
     grads = (100 + 1e-3 * draw(3, *SHAPES[2])).float().to(kernel_device)
     raw_expected, gain_expected = by_autograd(weight, gain, grads)
-    squares = raw_expected.flatten(1).square().sum(1) + gain_expected.square().sum(1)
+    squares = squared_norms(raw_expected, gain_expected)
 
     found = RUNS[name][3](moments_of(grads, how), how).cpu()
     assert (found >= squares).all()
@@ -216,7 +221,7 @@ def test_a_constant_multiplies_the_weights_and_all_that_follows_from_them(
     grads = draw(2, *shape).float().to(kernel_device)
     # The loss sees constant * weights, so weights see the gradient times the constant.
     raw_expected, gain_expected = by_autograd(weight, gain, constant * grads)
-    squares = raw_expected.flatten(1).square().sum(1) + gain_expected.square().sum(1)
+    squares = squared_norms(raw_expected, gain_expected)
 
     assert_near(effective, constant * plain.cpu().double())
     assert_near(RUNS[name][3](moments_of(grads, how), how), squares)
@@ -236,7 +241,7 @@ def test_a_program_holds_some_of_the_examples(
     _, how = standardize_reference(weight, gain, torch.float32)
     grads = draw(5, *SHAPES[1]).float().to(kernel_device)
     raw_expected, gain_expected = by_autograd(weight, gain, grads)
-    squares = raw_expected.flatten(1).square().sum(1) + gain_expected.square().sum(1)
+    squares = squared_norms(raw_expected, gain_expected)
 
     assert_near(unstandardized_norms_triton(grads, how), squares)
     assert_near(unstandardize_triton_(grads, how), gain_expected)
@@ -284,7 +289,7 @@ def test_float64_stays_float64_where_kernels_run(
     weight, gain = (one.double() for one in parameters(SHAPES[0], 1.0, kernel_device))
     grads = draw(2, *SHAPES[0]).to(kernel_device)
     raw_expected, gain_expected = by_autograd(weight, gain, grads)
-    squares = raw_expected.flatten(1).square().sum(1) + gain_expected.square().sum(1)
+    squares = squared_norms(raw_expected, gain_expected)
     on_kernels()
     effective, how = standardize(weight, gain, torch.float64)
     norms = unstandardized_norms(grads, how)
