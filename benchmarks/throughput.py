@@ -4,7 +4,7 @@ One process, the same shapes for every path; warm-up, then the median of 20 pass
 a CPU the paths take turns, a pass each in every round. A pass is forward, backward and,
 with privacy, the clipped sum of one microbatch.
 
-    pip install opacus
+    pip install --editable '.[opacus]'
     python benchmarks/throughput.py --save benchmarks/results/throughput_NAME.json \
         --plot benchmarks/results/throughput_NAME.svg
     python benchmarks/throughput.py --work "nf-resnet-50 K=4" "nfnet-f3 K=4"

@@ -35,9 +35,7 @@ def relu_group_norm_cpu(
     total = None if residual is None else torch.empty_like(x, memory_format=layout)
     mean, rstd = (x.new_empty(len(x), num_groups, dtype=wide) for _ in range(2))
     for few in _few_at_a_time(x):
-        value = x[few].to(wide, memory_format=layout)
-        if bias is not None:
-            value = value + bias.to(wide).view(-1, 1, 1)
+        value = _biased(x[few], bias, wide)
         if residual is not None and total is not None:
             torch.add(value, residual[few].to(wide), out=total[few])
             value = total[few].to(wide)
@@ -66,10 +64,7 @@ def relu_group_norm_backward_cpu(
     wide_scales = [scale.to(wide) for scale in scales]
     rows = []
     for few in _few_at_a_time(total):
-        value = total[few].to(wide, memory_format=layout)
-        if bias is not None:
-            value = value + bias.to(wide).view(-1, 1, 1)
-        active = F.relu(value)
+        active = F.relu(_biased(total[few], bias, wide))
         grads = [grad[few].to(wide, memory_format=layout) for grad in grads_y]
         result, *of_affines = _norm_backward(
             active, grads, mean[few], rstd[few], wide_scales
@@ -118,6 +113,12 @@ def _norm_backward(
     for grad, scale in zip(grads, scales, strict=True):
         result.addcmul_(grad, _of_images(scale * spread))
     return [result, *grad_scales, *grad_shifts]
+
+
+def _biased(images: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Returns images in a type, channels-last, with the bias if there is one."""
+    images = images.to(dtype, memory_format=torch.channels_last)
+    return images if bias is None else images + bias.to(dtype).view(-1, 1, 1)
 
 
 def _few_at_a_time(images: Tensor) -> Iterator[slice]:
