@@ -24,7 +24,11 @@ if triton is not None:
         BLOCK: tl.constexpr,
         MODE: tl.constexpr,
     ):
-        """One program: a tile of the weight, for one example or every num_rows-th."""
+        """One program: a tile of the weight, for one example or every num_rows-th.
+
+        CHANNELS are those of a group, in and out, and the number of groups. READS tells
+        whether pixels are gathered, and whether all positions are read at once.
+        """
         SIDE: tl.constexpr = SHAPE[0]
         TAPS: tl.constexpr = 1 if READS[0] else SIDE  # columns that share a pixel's row
         OUT: tl.constexpr = CHANNELS[1]
