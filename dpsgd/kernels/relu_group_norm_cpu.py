@@ -41,10 +41,9 @@ def relu_group_norm_cpu(
             value = total[few].to(wide)
         active = F.relu(value)
         sizes = (len(active), active.shape[1], active[0, 0].numel(), num_groups)
-        for output, affine in zip(outputs, affines, strict=True):
-            parameters = (one.to(wide) for one in affine)
+        for output, (scale, shift) in zip(outputs, affines, strict=True):
             output[few], mean[few], rstd[few] = torch.native_group_norm(
-                active, *parameters, *sizes, eps
+                active, scale.to(wide), shift.to(wide), *sizes, eps
             )
     return outputs, total, mean, rstd
 
