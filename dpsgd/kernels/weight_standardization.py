@@ -47,6 +47,8 @@ __all__ = [
     "unstandardized_squares_triton",
 ]
 
+_ELEMENTS = 1 << 18  # of the gradients that a CPU takes at a time: 1 MiB
+
 
 def standardize(
     weight: Tensor, gain: Tensor, dtype: torch.dtype, *, scale: float = 1.0
@@ -151,12 +153,19 @@ def unstandardized_norms_reference(
 ) -> Tensor:
     """Does what `unstandardized_norms` does, in PyTorch.
 
-    One example after the other, whose gradient then stays in a CPU's cache.
+    A few examples at a time, whose gradients then stay in a CPU's cache.
     """
+    direction = standardization.unit.detach().flatten(1)  # (O, F)
+    size = max(1, _ELEMENTS // direction.numel())
+    wide = torch.promote_types(grads.dtype, torch.float32)
+    products = direction.new_empty(size, *direction.shape, dtype=wide)
     squares = []
-    for grad in grads.split(1):
-        raw, along = _unstandardized(grad, standardization)
-        squares.append(raw.square_().sum((1, 2)) + along.square().sum(1))
+    for few in grads.split(size):
+        flat, product = few.flatten(2).to(wide), products[: len(few)]
+        square = torch.mul(flat, flat, out=product).sum(2)
+        along = torch.mul(flat, direction, out=product).sum(2)
+        moments = torch.stack([square, flat.sum(2), along])
+        squares.append(unstandardized_squares_reference(moments, standardization))
     return torch.cat(squares)
 
 
