@@ -8,9 +8,11 @@ from torch import Tensor
 
 from dpsgd.config import ModelConfig
 from dpsgd.kernels import (
+    Activation,
     ConvGeometry,
     SGDStep,
     add_gaussian_noise_,
+    bias_activation,
     clip_accumulate_,
     make_views,
     noisy_sgd_,
@@ -277,15 +279,42 @@ def weight_grad(
     return build
 
 
+def differentiable(
+    forward: Callable[..., Result],
+    leaves: list[Tensor],
+    *,
+    backward: bool,
+    num_images: int,
+) -> Case:
+    """Returns a case of an operator, or of its gradient alone.
+
+    Args:
+        forward: Returns images (N, C, H, W).
+        leaves: Its inputs, images first.
+        backward: Whether the gradient is taken.
+        num_images: How many tensors like the first must be read and written.
+    """
+    grad = torch.randn_like(leaves[0])
+
+    def gradient(*inputs: Tensor) -> Callable[[], Result]:
+        inputs = tuple(one.detach().requires_grad_() for one in inputs)
+        outputs = forward(*inputs)
+        grads = [grad.to(one.dtype) for one in outputs]
+        return lambda: torch.autograd.grad(outputs, inputs, grads, retain_graph=True)
+
+    num_bytes = num_images * leaves[0].nbytes
+    if backward:
+        return Case(gradient(*leaves), lambda: gradient(*wide(*leaves))(), num_bytes)
+    return Case(lambda: forward(*leaves), lambda: forward(*wide(*leaves)), num_bytes)
+
+
 def norm(
     channels: int, shrunk: int, *, adds: bool = False, backward: bool = False
 ) -> Callable[[Work], Case]:
     """Bias, ReLU and group normalisation; `adds` adds a residual and keeps the sum."""
 
     def build(work: Work) -> Case:
-        x, residual, grad = (
-            work.images(channels, shrunk).flatten(0, 1) for _ in range(3)
-        )
+        x, residual = (work.images(channels, shrunk).flatten(0, 1) for _ in range(2))
         bias, scale, shift = work.normals(3, channels).unbind()
         leaves = [x, bias, scale, shift, *([residual] if adds else [])]
 
@@ -297,25 +326,24 @@ def norm(
             )
             return outputs if total is None else (*outputs, total)
 
-        def gradient(*inputs: Tensor) -> Callable[[], Result]:
-            inputs = tuple(one.detach().requires_grad_() for one in inputs)
-            outputs = forward(*inputs)
-            grads = [grad.to(x.dtype) for x in outputs]
-            return lambda: torch.autograd.grad(
-                outputs, inputs, grads, retain_graph=True
-            )
-
         tensors = 3 + 2 * adds if backward else 2 + 2 * adds
-        if backward:
-            return Case(
-                gradient(*leaves),
-                lambda: gradient(*wide(*leaves))(),
-                tensors * x.nbytes,
-            )
-        return Case(
-            lambda: forward(*leaves),
-            lambda: forward(*wide(*leaves)),
-            tensors * x.nbytes,
+        return differentiable(forward, leaves, backward=backward, num_images=tensors)
+
+    return build
+
+
+def biased(
+    channels: int, shrunk: int, kind: Activation, *, backward: bool = False
+) -> Callable[[Work], Case]:
+    """An activation of images and a bias."""
+
+    def build(work: Work) -> Case:
+        x, bias = work.images(channels, shrunk).flatten(0, 1), work.normals(channels)
+        return differentiable(
+            lambda x, bias: (bias_activation(x, bias, kind),),
+            [x, bias],
+            backward=backward,
+            num_images=3 if backward else 2,
         )
 
     return build
@@ -349,4 +377,7 @@ CASES: dict[str, Callable[[Work], Case]] = {
     "norm backward, 128 at 16": norm(128, 2, backward=True),
     "norm backward, 256 at 8": norm(256, 4, backward=True),
     "norm of a sum backward, 64 at 32": norm(64, 1, adds=True, backward=True),
+    "bias + ReLU, 64 at 32": biased(64, 1, "relu"),
+    "bias + ReLU backward, 64 at 32": biased(64, 1, "relu", backward=True),
+    "bias + GELU backward, 256 at 8": biased(256, 4, "gelu", backward=True),
 }

@@ -84,7 +84,7 @@ WORK = {
     ),
 }
 SMALL = [name for name, work in WORK.items() if not work.is_large]
-OPERATORS = ("fused_norm", "position_mean", "standardized_conv")
+OPERATORS = ("bias_activation", "fused_norm", "position_mean", "standardized_conv")
 
 
 def never(_: Tensor) -> bool:

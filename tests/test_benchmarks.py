@@ -38,8 +38,10 @@ def test_every_operator_is_timed_and_right(
     for row in rows:
         assert row["operator"] in shown
         assert row["milliseconds"] > 0
-        # Float32 sums of some hundred terms, and normals of float32 angles.
-        assert row["error"] < 5e-6
+        # Float32 sums of some hundred terms, and normals of float32 angles. To squared
+        # norms a bound on rounding is added, 100 times 1.2e-7.
+        is_bounded = row["operator"].startswith("norms")
+        assert row["error"] < (2e-5 if is_bounded else 5e-6), row["operator"]
 
 
 def test_curves_are_drawn_beside_their_metrics(

@@ -5,6 +5,7 @@ for the norm, a path of its own that is kept in the cache.
 `TRITON_INTERPRET=1` runs the kernels on a CPU too.
 """
 
+from dpsgd.kernels.bias_activation import Activation, activation, bias_activation
 from dpsgd.kernels.clip_accumulate import clip_accumulate_
 from dpsgd.kernels.fused_norm import sum_relu_group_norm
 from dpsgd.kernels.gaussian_noise import add_gaussian_noise_
@@ -16,9 +17,12 @@ from dpsgd.kernels.position_mean import position_mean
 from dpsgd.kernels.standardized_conv import standardized_conv2d
 
 __all__ = [
+    "Activation",
     "ConvGeometry",
     "SGDStep",
+    "activation",
     "add_gaussian_noise_",
+    "bias_activation",
     "clip_accumulate_",
     "linear",
     "make_views",

@@ -13,7 +13,7 @@ from dpsgd.kernels.relu_group_norm import (
     relu_group_norm_backward,
     relu_group_norm_forward,
 )
-from dpsgd.kernels.tape import RowsRecord, active_tape
+from dpsgd.kernels.tape import active_tape, leaf_grad
 
 __all__ = ["sum_relu_group_norm"]
 
@@ -228,15 +228,8 @@ def _pairs(rows: list[Tensor]) -> list[Tensor]:
 def _leaf_grads(
     leaves: list[Tensor | None], per_image: list[Tensor | None]
 ) -> list[Tensor | None]:
-    """Returns gradients of parameters; none where a tape records them instead."""
-    tape = active_tape()
-    grads: list[Tensor | None] = []
-    for leaf, rows in zip(leaves, per_image, strict=True):
-        if leaf is None or rows is None or not leaf.requires_grad:
-            grads.append(None)
-        elif tape is not None:
-            tape.records.append(RowsRecord(leaf, rows))
-            grads.append(None)
-        else:
-            grads.append(rows.sum(0))
-    return grads
+    """Returns gradients of the parameters that there are."""
+    return [
+        None if leaf is None or rows is None else leaf_grad(leaf, rows)
+        for leaf, rows in zip(leaves, per_image, strict=True)
+    ]

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from dpsgd.kernels.dispatch import fold, require_unbatched
-from dpsgd.kernels.tape import LinearRecord, RowsRecord, active_tape
+from dpsgd.kernels.tape import LinearRecord, active_tape, leaf_grad
 
 __all__ = ["linear"]
 
@@ -46,9 +46,8 @@ class _Linear(Function):
         wide = torch.promote_types(x.dtype, torch.float32)
         if weight.requires_grad:
             tape.records.append(LinearRecord(weight, x.to(wide), grad_y.to(wide)))
-        if bias.requires_grad:
-            tape.records.append(RowsRecord(bias, grad_y.to(wide)))
-        return grad_y @ weight.to(x.dtype), None, None
+        of_bias = leaf_grad(bias, grad_y.to(wide))  # recorded
+        return grad_y @ weight.to(x.dtype), None, of_bias
 
     @staticmethod
     def vmap(

@@ -13,7 +13,15 @@ from torch import Tensor
 from dpsgd.kernels.geometry import ConvGeometry
 from dpsgd.kernels.weight_standardization import Standardization
 
-__all__ = ["ConvRecord", "LinearRecord", "Record", "RowsRecord", "Tape", "active_tape"]
+__all__ = [
+    "ConvRecord",
+    "LinearRecord",
+    "Record",
+    "RowsRecord",
+    "Tape",
+    "active_tape",
+    "leaf_grad",
+]
 
 
 class ConvRecord(NamedTuple):
@@ -98,3 +106,22 @@ _active: Tape | None = None
 def active_tape() -> Tape | None:
     """Returns the tape that operators must record on, or None."""
     return _active
+
+
+def leaf_grad(leaf: Tensor, rows: Tensor) -> Tensor | None:
+    """Returns the gradient of a small parameter from those of all images.
+
+    Args:
+        leaf: (C,) parameter.
+        rows: (N, C) its gradient for every image.
+
+    Returns:
+        (C,), or None where it is not trained, or a tape records the rows instead.
+    """
+    if not leaf.requires_grad:
+        return None
+    tape = active_tape()
+    if tape is None:
+        return rows.sum(0)
+    tape.records.append(RowsRecord(leaf, rows))
+    return None

@@ -16,7 +16,10 @@ from torch import Tensor, nn
 
 from dpsgd.config import ModelConfig
 from dpsgd.kernels import (
+    Activation,
     ConvGeometry,
+    activation,
+    bias_activation,
     linear,
     standardized_conv2d,
     sum_relu_group_norm,
@@ -69,6 +72,12 @@ class Addends(NamedTuple):
         for bias in self.biases:
             total = total + bias.to(total.dtype).view(-1, 1, 1)
         return total if self.residual is None else total + self.residual
+
+    def activated(self, kind: Activation) -> Tensor:
+        """Returns an activation of the sum; of images and one bias in one pass."""
+        if self.residual is None and len(self.biases) == 1:
+            return bias_activation(self.images, self.biases[0], kind)
+        return activation(self.total(), kind)
 
 
 class Layer(nn.Module, ABC):
@@ -216,7 +225,7 @@ class Relu(nn.Module):
 
     def forward(self, x: Addends) -> Tensor:
         """Maps the sum (K, C, H, W) to the same shape."""
-        return F.relu(x.total())
+        return x.activated("relu")
 
 
 class Linear(Layer):

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dpsgd.config import ModelConfig
-from dpsgd.kernels import position_mean
+from dpsgd.kernels import Activation, activation, position_mean
 from dpsgd.models.layers import Conv2d, Layer, Linear
 
 __all__ = [
@@ -47,16 +47,16 @@ class ScaledActivation(NamedTuple):
     """An activation, and what brings its output for unit normals to unit variance.
 
     Attributes:
-        function: The activation, not scaled.
+        kind: The activation, not scaled.
         constant: Factor that the weights after it take over.
     """
 
-    function: Callable[[Tensor], Tensor]
+    kind: Activation
     constant: float
 
 
-RELU = ScaledActivation(F.relu, 1.7139588594436646)
-GELU = ScaledActivation(partial(F.gelu, approximate="tanh"), 1.7015043497085571)
+RELU = ScaledActivation("relu", 1.7139588594436646)
+GELU = ScaledActivation("gelu", 1.7015043497085571)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -188,7 +188,7 @@ class NormFreeBlock(nn.Module):
         carried = 1.0 if projects else expected_variance
         self.expected_variance = carried + self.alpha**2
         self.drop_rate = drop_rate
-        self._activate, constant = design.activation
+        self._activation, constant = design.activation
         self._pools = design.pools_shortcut and stride > 1
         first = partial(conv, in_channels, kernel_size=1, scale=constant * self.beta)
         self.projection = None
@@ -222,7 +222,7 @@ class NormFreeBlock(nn.Module):
             uniforms: (K,) in [0, 1): the branch is left out where below `drop_rate`;
                 None leaves it out nowhere.
         """
-        active = self._activate(x)
+        active = activation(x, self._activation)
         shortcut = x
         if self.projection is not None:
             halved = active
@@ -232,9 +232,10 @@ class NormFreeBlock(nn.Module):
                 )
             shortcut = self.projection(halved).total()
         first, *others = self.branch
-        y = first(active).total()
+        addends = first(active)
         for conv in others:
-            y = conv(self._activate(y)).total()
+            addends = conv(addends.activated(self._activation))
+        y = addends.total()
         return torch.addcmul(shortcut, y, self._factor(y, uniforms).to(y.dtype))
 
     def _factor(self, y: Tensor, uniforms: Tensor | None) -> Tensor:
@@ -358,19 +359,23 @@ class NormFreeNetwork(nn.Module):
                 which stochastic depth follows; None leaves no branch out, as in
                 evaluation.
         """
-        activate, constant = self.design.activation
+        kind, constant = self.design.activation
         first, *others = self.stem
-        x = first(x.to(self.compute_dtype)).total()
+        addends = first(x.to(self.compute_dtype))
         for conv in others:
-            x = conv(activate(x)).total()
+            addends = conv(addends.activated(kind))
+        x = addends.total()
         if self.design.stem_pools:
             x = self._max_pooled(x)
         blocks = [block for stage in self.stages for block in stage.children()]
         for index, block in enumerate(blocks):
             x = block(x, None if uniforms is None else uniforms[:, index])
-        if self.head_conv is not None:
-            x = self.head_conv(x).total()
-        features = constant * position_mean(activate(x))
+        active = (
+            activation(x, kind)
+            if self.head_conv is None
+            else self.head_conv(x).activated(kind)
+        )
+        features = constant * position_mean(active)
         return self.classifier(features)  # type: ignore[no-any-return]
 
     def _max_pooled(self, x: Tensor) -> Tensor:

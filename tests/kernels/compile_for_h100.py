@@ -18,6 +18,10 @@ from triton.runtime.jit import JITFunction
 
 import dpsgd.kernels
 from dpsgd.kernels import ConvGeometry, SGDStep
+from dpsgd.kernels.bias_activation import (
+    bias_activation_backward_triton,
+    bias_activation_triton,
+)
 from dpsgd.kernels.clip_accumulate import clip_accumulate_triton_
 from dpsgd.kernels.conv_weight_grad import (
     conv_weight_grad_moments_triton,
@@ -114,6 +118,13 @@ def norms(channels: int, side: int, *, is_full: bool) -> None:
     relu_group_norm_backward_triton(x, bias, outputs, residual, *statistics, scales)
 
 
+def activations() -> None:
+    bias = torch.zeros(96)
+    for kind in ("relu", "gelu"):
+        y = bias_activation_triton(images(2, 96, 64, 64), bias, kind)
+        bias_activation_backward_triton(y, y, bias, kind)
+
+
 def standardizations() -> None:
     weight = torch.zeros(64, 3, 3, 64)
     effective, how = standardize_triton(weight, torch.zeros(64), NARROW)
@@ -156,6 +167,7 @@ def main() -> None:
     conv_weight_grads(2, 3, (16, 32), 8, ConvGeometry(1, 2), FLOAT)
     norms(64, 32, is_full=True)
     norms(16, 1, is_full=False)
+    activations()
     standardizations()
     updates()
     views()

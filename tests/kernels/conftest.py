@@ -7,8 +7,10 @@ import pytest
 import torch
 
 OPERATORS = (
+    "bias_activation",
     "conv_weight_grad",
     "fused_norm",
+    "position_mean",
     "relu_group_norm",
     "standardized_conv",
     "weight_standardization",
