@@ -185,3 +185,20 @@ def test_a_tape_is_given_the_gradients_of_every_image(
         assert isinstance(record, RowsRecord)
         assert record.leaf is bias
         assert_near((record.grads,), expected[2:])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [(64, 256, 56, 56), (64, 1536, 7, 7)], ids=str)
+def test_images_of_a_network_agree_on_a_gpu(
+    shape: tuple[int, ...], kind: Activation
+) -> None:
+    inputs = inputs_of(shape, torch.device("cuda"), torch.bfloat16)
+    found = by_operators(inputs, kind, "triton")
+    wide = Inputs(*(one.double() for one in inputs))
+    expected = by_operators(wide, kind, "reference")
+
+    for one, wanted in zip(found[:2], expected[:2], strict=True):
+        torch.testing.assert_close(one.double(), wanted, rtol=2**-8, atol=1e-5)
+    # Sums of up to 3,136 terms, which cancel.
+    torch.testing.assert_close(found[2].double(), expected[2], rtol=1e-4, atol=1e-3)
