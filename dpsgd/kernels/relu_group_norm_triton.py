@@ -181,7 +181,7 @@ if triton is not None:
         ROWS: tl.constexpr,
         HAS_RESIDUAL: tl.constexpr,
     ):
-        """Stores the sum, if there is a residual; returns sums of its ReLU (C,)."""
+        """Stores the sum with a residual; returns (BLOCK_C,) sums of its ReLU."""
         x, residual, total = images
         READ: tl.constexpr = DROP if HAS_RESIDUAL else KEEP  # once, or once more
         zero = tl.zeros((ROWS, BLOCK_C), tl.float32)
@@ -265,7 +265,7 @@ if triton is not None:
         ROWS: tl.constexpr,
         OUTPUTS: tl.constexpr,
     ):
-        """Returns sums (C,) of each gradient, alone and times the centred ReLU."""
+        """Returns (BLOCK_C,) sums of gradients, alone and times the centred ReLU."""
         total, grad_y, more_grad_y, _ = images
         zero = tl.zeros((ROWS, BLOCK_C), tl.float32)
         shift, scale, more_shift, more_scale = zero, zero, zero, zero
@@ -304,7 +304,7 @@ if triton is not None:
         HAS_GRAD_TOTAL: tl.constexpr,
         OUTPUTS: tl.constexpr,
     ):
-        """Stores the gradient of the sum; returns its own sums (C,)."""
+        """Stores the gradient of the sum; returns its own sums (BLOCK_C,)."""
         total, grad_y, more_grad_y, grad_total = images
         gain, more_gain, per_value, constant = weights
         bias_sum = tl.zeros((ROWS, BLOCK_C), tl.float32)
