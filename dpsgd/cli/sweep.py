@@ -24,6 +24,7 @@ from dpsgd.sweep.view import SweepView, runs_table
 __all__ = ["main"]
 
 _SOME_FAILED = 1
+_SOME_LEFT = 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,8 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments; None takes those of the process.
 
     Returns:
-        0, 1 when a run failed, 2 when something given is at fault, 130 or 143 when
-        stopped by SIGINT or SIGTERM, with a checkpoint of every run.
+        0, 1 when a run failed or is not finished though nothing stopped the sweep, 2
+        when something given is at fault, 130 or 143 when stopped by SIGINT or SIGTERM,
+        with a checkpoint of every run.
     """
     return exit_code(lambda: _run(_parse(argv)))
 
@@ -117,6 +119,12 @@ def _run_all(
     if stopped_by is not None:
         console.print("stopped; the same command goes on")
         return SIGNAL_EXIT + stopped_by
+    states = [folder.state(run).status for run in plan.runs]
+    left = sum(status not in ("finished", "failed") for status in states)
+    if left:
+        told = "1 run is" if left == 1 else f"{left} runs are"
+        console.print(f"{told} not finished; the same command goes on")
+        return _SOME_LEFT
     return code
 
 

@@ -97,6 +97,31 @@ def test_a_sweep_goes_on_where_it_was_and_tries_failures_only_when_asked(
     assert started == [0, 1, 2, 1]
 
 
+@pytest.mark.parametrize("code", [130, 143])
+def test_runs_that_are_stopped_from_outside_are_left_to_the_same_command(
+    sweep_file: Path,
+    started: list[int],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    code: int,
+) -> None:
+    arguments = (sweep_file, "--sweep-dir", tmp_path / "sweep")
+    stopped = ["sh", "-c", f"exit {code}"]
+    with monkeypatch.context() as patch:
+        patch.setattr("dpsgd.cli.sweep.train_command", lambda *_: stopped)
+        assert run(*arguments) == 1
+    assert "3 runs are not finished; the same command goes on" in (
+        capsys.readouterr().out
+    )
+    assert run(*arguments, "--summary") == 0
+    assert statuses(tmp_path / "sweep") == ["waiting"] * 3
+
+    assert run(*arguments) == 1
+    assert started == [0, 1, 2]
+    assert "not finished" not in capsys.readouterr().out  # but one failed
+
+
 def test_one_run_can_be_made_alone_and_the_tables_afterwards(
     sweep_file: Path,
     started: list[int],
