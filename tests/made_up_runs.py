@@ -35,6 +35,18 @@ PARQUET = {
     "data.test": "test.parquet",
     "data.num_examples": 1437,
 }
+# Of a run without privacy: its settings, and what its files hold as null.
+WITHOUT_PRIVACY = {
+    "privacy.enabled": False,
+    "privacy.noise_multiplier": None,
+    "privacy.delta": None,
+}
+NO_MECHANISM = dict.fromkeys(
+    (
+        *("epsilon", "delta", "unit", "adjacency", "accountant", "noise"),
+        *("noise_multiplier", "sample_rate", "clipping_norm"),
+    )
+)
 ENVIRONMENT = {
     "commit": "0123abcd",
     "python": "3.11.7",

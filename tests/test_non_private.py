@@ -195,7 +195,7 @@ def test_plan_progress_report_and_weights_deny_any_guarantee(
     facts_told = dict(stated.facts)
     assert facts_told["Sampling"] == "batches of 16, every epoch in a new order"
     assert facts_told["Mechanism"].startswith("none: ")
-    assert joint_epsilon([read_run(run)]) is None
+    assert joint_epsilon([read_run(run)]) == (math.inf, 0.0)
     for told in ("Privacy plan", "Poisson", "-DP", "eps <=", "clipping norm"):
         assert told not in shown
     assert report["private"] is False

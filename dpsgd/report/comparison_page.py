@@ -35,6 +35,7 @@ from dpsgd.report.run_page import (
 from dpsgd.report.runs import RunRecord
 from dpsgd.report.statement import joint_epsilon, statement_of
 from dpsgd.report.words import (
+    NONE,
     NOT_RECORDED,
     count,
     duration,
@@ -120,15 +121,15 @@ def _joint_statement(runs: Sequence[RunRecord]) -> Markup:
         "of them, and choosing settings is not covered by the epsilon of the one that "
         "was picked."
     )
-    if any(run.is_seeded for run in runs):
+    if together is not None and together[0] == float("inf"):
+        text = f"{text} Together the runs have no guarantee."
+    elif any(run.is_seeded for run in runs):
         text = f"{text} Runs with a seed have no guarantee that could be added up."
     elif together is None:
         text = (
             f"{text} What the runs spent together is not recorded, or is not of one "
             "unit of privacy."
         )
-    elif together[0] == float("inf"):
-        text = f"{text} Together the runs have no guarantee."
     else:
         epsilon, delta = together
         text = (
@@ -154,7 +155,7 @@ def _results_table(runs: Sequence[RunRecord]) -> Markup:
             percent(run.accuracy),
             _gap(run),
             epsilon_in_words(run.epsilon),
-            significant(run.number("noise_multiplier")),
+            _of_mechanism(run, "noise_multiplier"),
             count(run.number("expected_batch_size")),
             f"{count(run.step)} of {count(run.planned_steps)}",
         )
@@ -203,7 +204,7 @@ def _privacy_table(runs: Sequence[RunRecord]) -> Markup:
             statement_of(run).headline,
             epsilon_in_words(run.epsilon),
             epsilon_in_words(run.planned_epsilon),
-            significant(run.number("delta")),
+            _of_mechanism(run, "delta"),
         )
         for run in runs
     ]
@@ -240,6 +241,11 @@ def _gap(run: RunRecord) -> str:
     if run.by_class is None or not run.by_class.gaps:
         return NOT_RECORDED
     return f"{100 * run.by_class.gaps['accuracy'].size:.1f}"
+
+
+def _of_mechanism(run: RunRecord, name: str) -> str:
+    """Returns a number of the mechanism, which a run without privacy does not have."""
+    return significant(run.number(name)) if run.has_mechanism else NONE
 
 
 def _rounded(value: float | None) -> float | None:

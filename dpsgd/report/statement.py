@@ -115,14 +115,15 @@ def joint_epsilon(runs: Sequence[RunRecord]) -> tuple[float, float] | None:
     looking at earlier results.
 
     Returns:
-        (epsilon, delta), or None if a run has not recorded one of them, or if the runs
-        do not protect the same unit: then there is no one guarantee to add up.
+        (epsilon, delta), of which epsilon is infinite if that of any run is; None if
+        a run has not recorded one of them, or if the runs do not protect the same
+        unit: then there is no one guarantee to add up.
     """
-    if len({run.unit for run in runs}) > 1:
-        return None
     spent = [_largest_epsilon(run) for run in runs]
     deltas = [run.number("delta") for run in runs]
-    if None in spent or None in deltas:
+    if math.inf in spent:  # whatever the others are
+        return math.inf, math.fsum(filter(None, deltas))
+    if len({run.unit for run in runs}) > 1 or None in spent or None in deltas:
         return None
     return math.fsum(filter(None, spent)), math.fsum(filter(None, deltas))
 

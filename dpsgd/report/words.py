@@ -1,4 +1,4 @@
-"""Values as people read them; a value that is not there is `not recorded`."""
+"""Values as people read them: one that is missing is `not recorded`, or `none`."""
 
 import math
 from typing import Any, Final
@@ -6,6 +6,7 @@ from typing import Any, Final
 from dpsgd.privacy import rounded_up
 
 __all__ = [
+    "NONE",
     "NOT_RECORDED",
     "count",
     "duration",
@@ -18,6 +19,8 @@ __all__ = [
 ]
 
 NOT_RECORDED: Final = "not recorded"
+NONE: Final = "none"
+"""Of what a run does not have, as one without privacy has no delta."""
 
 _TENTHS_BELOW: Final = 10
 _MINUTE: Final = 60

@@ -11,7 +11,13 @@ from typing import Any, Final
 from dpsgd.report import RunRecord, read_run, to_json
 from dpsgd.report.figures import Point
 from dpsgd.report.statement import joint_epsilon
-from dpsgd.report.words import epsilon_in_words, percent, setting_in_words, significant
+from dpsgd.report.words import (
+    NONE,
+    epsilon_in_words,
+    percent,
+    setting_in_words,
+    significant,
+)
 from dpsgd.sweep.folder import RunState, SweepFolder
 from dpsgd.sweep.plan import ENTRY, RECORDED, SEED, SweepPlan, SweepRun
 
@@ -72,11 +78,13 @@ class Group:
         values: What they have in common, by column.
         accuracies: Of averaged weights where they are kept, else of the last.
         recorded: Largest of what the runs recorded, by name; None if one did not.
+        has_mechanism: Whether they are private ones.
     """
 
     values: Mapping[str, Any]
     accuracies: tuple[float, ...]
     recorded: Mapping[str, float | None]
+    has_mechanism: bool
 
     @property
     def mean(self) -> float:
@@ -211,7 +219,9 @@ class SweepResults:
                 percent(group.mean, 2),
                 "-" if group.std is None else percent(group.std, 2),
                 str(len(group.accuracies)),
-                significant(group.recorded["noise_multiplier"], 5),
+                significant(group.recorded["noise_multiplier"], 5)
+                if group.has_mechanism
+                else NONE,
                 epsilon_in_words(group.recorded["epsilon"]),
             ]
             for group in self.groups()
@@ -256,11 +266,13 @@ class SweepResults:
             return "No run has begun."
         if any(record.is_seeded for record in begun):
             return "Runs are seeded: those may not be released as private."
-        if joint is None or math.isinf(joint[0]):
+        if joint is None:
             return (
-                "What the runs spend together is not bounded, not recorded, or not of "
-                "one unit of privacy."
+                "What the runs spend together is not recorded, or is not of one unit "
+                "of privacy."
             )
+        if math.isinf(joint[0]):
+            return "Together the runs have no privacy guarantee."
         return (
             f"All {len(begun)} runs that have begun, on the same private data: "
             f"({epsilon_in_words(joint[0])}, {significant(joint[1])})-differentially "
@@ -314,6 +326,7 @@ def _group(found: Sequence[RunResult]) -> Group:
             if record.main_accuracy is not None
         ),
         recorded=recorded,
+        has_mechanism=all(record.has_mechanism for record in records),
     )
 
 

@@ -5,7 +5,15 @@ from typing import Any
 
 import pytest
 import yaml
-from made_up_runs import PARQUET, evaluation, result, write_run
+from made_up_runs import (
+    NO_MECHANISM,
+    PARQUET,
+    PLAN,
+    WITHOUT_PRIVACY,
+    evaluation,
+    result,
+    write_run,
+)
 
 from dpsgd.errors import ConfigError
 from dpsgd.report import comparison_report, read_run, run_report
@@ -295,6 +303,26 @@ def test_a_comparison_tells_what_unfinished_and_older_runs_record(
     assert "older 8 8 s not recorded not recorded cpu" in words
     assert "optimizer.learning_rate 0.5 not recorded 4" in words
     assert "optimizer.momentum 0 not recorded 0" not in words
+
+
+def test_a_comparison_with_a_run_without_privacy_has_no_guarantee(
+    run: RunRecord, tmp_path: Path
+) -> None:
+    without = write_run(
+        tmp_path / "without",
+        settings=WITHOUT_PRIVACY,
+        lines=[evaluation(4, epsilon=None)],
+        plan={**PLAN, **NO_MECHANISM},
+        report=result(**NO_MECHANISM),
+    )
+    words = words_of(comparison_report([run, read_run(without)]).html)
+
+    assert "Together the runs have no guarantee." in words
+    assert "without NO privacy guarantee infinite infinite none" in words
+    assert "70.0 % 50.0 % 40.0 infinite none 16 4 of 4" in words
+    assert "70.0 % 50.0 % 40.0 2.9999 1.25 16 4 of 4" in words
+    tables, _, _ = words.partition("What the runs have set differently")
+    assert "not recorded" not in tables
 
 
 def test_runs_on_the_same_data_add_up_and_are_told_apart(tmp_path: Path) -> None:

@@ -4,7 +4,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made_up_runs import PARQUET, PLAN, evaluation, result, write_run
+from made_up_runs import (
+    NO_MECHANISM,
+    PARQUET,
+    PLAN,
+    WITHOUT_PRIVACY,
+    evaluation,
+    result,
+    write_run,
+)
 
 from dpsgd.privacy import ACCOUNTANTS
 from dpsgd.report.runs import RunRecord, read_run
@@ -230,3 +238,10 @@ def test_runs_on_the_same_data_add_up(tmp_path: Path) -> None:
     assert joint_epsilon([of_users, of_users]) == pytest.approx((5.9998, 2e-5))
     assert joint_epsilon([finished, of_users]) is None
     assert joint_epsilon([finished, noiseless]) == (math.inf, 2e-5)
+    without = run_of(
+        tmp_path / "without", settings=WITHOUT_PRIVACY, report=result(**NO_MECHANISM)
+    )
+    for others in ([], [finished], [unknown], [finished, of_users]):
+        joint = joint_epsilon([*others, without])
+        assert joint is not None
+        assert joint[0] == math.inf

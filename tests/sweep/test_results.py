@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made_up_runs import result, write_run
+from made_up_runs import NO_MECHANISM, WITHOUT_PRIVACY, result, write_run
 from sweep_runs import leave_run
 
 from dpsgd.report.figures import Point
@@ -223,6 +223,23 @@ def test_runs_without_noise_are_not_averaged_into_a_finite_epsilon(
     assert results.groups()[0].recorded["epsilon"] == math.inf
     assert results.lines("epsilon") == []
     assert json.loads(results.json())["summary"][0]["epsilon"] is None
+
+
+def test_runs_without_privacy_have_no_noise_and_no_guarantee_together(
+    folder: SweepFolder, sweep_file: Callable[..., Path]
+) -> None:
+    private = {"name": "private", "train.num_steps": 3}
+    entries = [private, {"name": "without", **WITHOUT_PRIVACY}]
+    plan = read_sweep(sweep_file(list=entries))
+    leave_run(folder, plan.runs[0])
+    leave_run(folder, plan.runs[1], **NO_MECHANISM)
+    results = collect(folder, plan)
+
+    assert [row[-2:] for row in results.summary_table()[1]] == [
+        ["1.25", "2.9999"],
+        ["none", "infinite"],
+    ]
+    assert "have no privacy guarantee" in results.joint_in_words()
 
 
 def test_a_run_that_was_never_evaluated_has_no_part_in_the_mean(
