@@ -170,6 +170,15 @@ def test_figures_that_are_looked_for_first_are_there(report: Report) -> None:
         ),
         (
             {
+                "lines": [evaluation(4, epsilon=None)],
+                "report": result(**NO_MECHANISM),
+                "plan": {**PLAN, **NO_MECHANISM},
+                "settings": WITHOUT_PRIVACY,
+            },
+            ["NO privacy guarantee", "neither clipped nor noised", "Epsilon infinite"],
+        ),
+        (
+            {
                 "lines": [evaluation(4, test_accuracy_ema=None, test_loss_ema=None)],
                 "report": result(),
             },
@@ -189,6 +198,7 @@ def test_figures_that_are_looked_for_first_are_there(report: Report) -> None:
         "interrupted before the first evaluation",
         "one step",
         "without noise",
+        "without privacy",
         "without an average",
         "without classes and memory",
         "without counts of classes",

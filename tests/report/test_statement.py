@@ -155,6 +155,26 @@ def test_an_unfinished_run_without_noise_has_none_either(tmp_path: Path) -> None
     assert statement(tmp_path / "run", **noiseless).standing == "none"
 
 
+@pytest.mark.parametrize("is_finished", [True, False])
+def test_a_run_without_privacy_says_what_it_did_instead(
+    tmp_path: Path, is_finished: bool
+) -> None:
+    stated = statement(
+        tmp_path / "run",
+        settings=WITHOUT_PRIVACY,
+        lines=[evaluation(4, epsilon=None)],
+        plan={**PLAN, **NO_MECHANISM},
+        report=result(**NO_MECHANISM) if is_finished else None,
+    )
+    facts = dict(stated.facts)
+
+    assert (stated.standing, stated.headline) == ("none", "NO privacy guarantee")
+    assert facts["Sampling"] == "batches of 16, every epoch in a new order"
+    assert facts["Mechanism"] == "none: gradients are neither clipped nor noised"
+    assert facts["Training set"] == "1,437 examples, as declared"
+    assert "not recorded" not in text_of(stated)
+
+
 def test_a_seeded_run_is_not_called_private(tmp_path: Path) -> None:
     stated = statement(
         tmp_path / "run", settings={"train.seed": 7}, report=result(seeded=True)
