@@ -325,15 +325,17 @@ def _membership(run: RunRecord) -> str:
 def _mechanism(run: RunRecord) -> str:
     """Returns one step in words."""
     multiplier = run.number("noise_multiplier")
-    noise = (
-        "whose multiplier is not recorded"
-        if multiplier is None
-        else f"of {significant(multiplier)} times the sensitivity"
-    )
+    noise = f"{run.noise} Gaussian noise"
+    if multiplier is None:
+        noise = f"{noise} whose multiplier is not recorded"
+    elif multiplier == 0:
+        noise = "no noise is added"
+    else:
+        noise = f"{noise} of {significant(multiplier)} times the sensitivity"
     return (
         f"gradients clipped to L2 norm {significant(run.number('clipping_norm'))} per "
-        f"{run.unit} and summed; {run.noise} Gaussian noise {noise}; divided by the "
-        f"expected batch size {count(run.number('expected_batch_size'))}"
+        f"{run.unit} and summed; {noise}; divided by the expected batch size "
+        f"{count(run.number('expected_batch_size'))}"
     )
 
 

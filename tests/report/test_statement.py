@@ -140,9 +140,11 @@ def test_no_figure_is_rounded_down(tmp_path: Path, epsilon: float) -> None:
 def test_without_noise_there_is_no_guarantee_and_nothing_else_is_said(
     tmp_path: Path,
 ) -> None:
-    stated = statement(tmp_path / "run", report=result(epsilon=None))
+    noiseless = result(epsilon=None, noise_multiplier=0.0)
+    stated = statement(tmp_path / "run", report=noiseless)
 
     assert stated.standing == "none"
+    assert "summed; no noise is added; divided by" in dict(stated.facts)["Mechanism"]
     assert stated.headline == "NO privacy guarantee"
     assert stated.not_covered == ()
     assert "Epsilon" not in dict(stated.facts)
