@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from dpsgd.errors import ConfigError, fault
 from dpsgd.report import OwnFiles
 from dpsgd.sweep.folder import SweepFolder
 from dpsgd.sweep.page import sweep_report
-from dpsgd.sweep.plan import SweepPlan, SweepRun, read_sweep
+from dpsgd.sweep.plan import ENTRY, SEED, SweepPlan, SweepRun, read_sweep, short_names
 from dpsgd.sweep.processes import Slot, run_all, slots_of, train_command
 from dpsgd.sweep.results import NOTE, SweepResults, collect
 from dpsgd.sweep.slurm import slurm_script
@@ -25,6 +26,8 @@ __all__ = ["main"]
 
 _SOME_FAILED = 1
 _SOME_LEFT = 1
+_LONGEST_HEADING = 13
+_FRAME = 3  # letters around a column of a table
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -217,13 +220,39 @@ def _show_results(console: Console, results: SweepResults) -> None:
     if not rows:
         console.print("no run has finished yet")
         return
+    names = short_names(results.told_columns(SEED))
+    shown = [_broken(name) for name in (*names, *headings[len(names) :])]
+    cells = [[*column] for column in zip(shown, *rows, strict=True)]
+    has_room = sum(map(_width, cells)) < console.width
     table = Table(title="Test accuracy over seeds", title_justify="left")
-    for heading in headings:
-        table.add_column(heading, justify="right", overflow="fold")
+    for heading in shown:
+        is_whole = has_room and heading != ENTRY
+        table.add_column(heading, justify="right", overflow="fold", no_wrap=is_whole)
     for row in rows:
         table.add_row(*row)
     console.print(table)
     console.print(results.joint_in_words())
+
+
+def _broken(name: str) -> str:
+    r"""Returns a heading that is broken between words, where it is long.
+
+    >>> _broken("expected_batch_size"), _broken("num_steps")
+    ('expected_\nbatch_size', 'num_steps')
+    """
+    lines = textwrap.wrap(name.replace("_", "_ "), _LONGEST_HEADING)
+    return "\n".join(lines).replace("_ ", "_")
+
+
+def _width(cells: Sequence[str]) -> int:
+    """Returns what a column takes at least; names of entries may be broken."""
+    heading, *_ = cells
+    pieces = [
+        piece
+        for cell in cells
+        for piece in (cell.split() if heading == ENTRY else cell.splitlines())
+    ]
+    return max(map(len, pieces)) + _FRAME
 
 
 def _show_plan(console: Console, folder: SweepFolder, plan: SweepPlan) -> None:

@@ -28,6 +28,7 @@ __all__ = [
     "SweepRun",
     "identity_of",
     "read_sweep",
+    "short_names",
 ]
 
 ENTRY: Final = "entry"
@@ -166,6 +167,16 @@ def identity_of(config: Config, swept: Collection[str]) -> dict[str, Any]:
     return settings
 
 
+def short_names(keys: Collection[str]) -> list[str]:
+    """Returns dotted names without their sections where they are clear without.
+
+    >>> short_names(["train.seed", "entry"]), short_names(["data.name", "model.name"])
+    (['seed', 'entry'], ['data.name', 'model.name'])
+    """
+    short = [key.rpartition(".")[2] for key in keys]
+    return short if len(set(short)) == len(short) else list(keys)
+
+
 def _overlaps(
     common: _Settings, grid: _Settings, entries: list[_Settings]
 ) -> list[str]:
@@ -240,12 +251,10 @@ def _run(
 
 
 def _label(values: Mapping[str, Any]) -> str:
-    """Returns what differs in a run, by short names where they are clear."""
-    short = [key.rpartition(".")[2] for key in values]
-    keys = short if len(set(short)) == len(short) else list(values)
+    """Returns what differs in a run."""
     parts = [
         str(value) if key == ENTRY else f"{key}={_in_words(value)}"
-        for key, value in zip(keys, values.values(), strict=True)
+        for key, value in zip(short_names(values), values.values(), strict=True)
     ]
     return " ".join(" ".join(parts).split())  # in one line, whatever stands in them
 

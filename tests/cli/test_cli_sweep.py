@@ -142,6 +142,30 @@ def test_one_run_can_be_made_alone_and_the_tables_afterwards(
     )
 
 
+@pytest.mark.parametrize("width", [80, 58])
+def test_words_of_headings_are_whole_where_there_is_room_and_no_column_is_cut_off(
+    sweep_file: Path,
+    started: list[int],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    width: int,
+) -> None:
+    grid = {"privacy.expected_batch_size": [1024], "optimizer.learning_rate": [2]}
+    content = {"config": "small.yaml", "grid": grid}
+    sweep_file.write_text(yaml.safe_dump(content))
+    monkeypatch.setenv("COLUMNS", str(width))
+
+    assert run(sweep_file, "--sweep-dir", tmp_path / "sweep") == 0
+    lines = capsys.readouterr().out.splitlines()
+    heading = " ".join(line for line in lines if line.startswith("┃"))
+    words = {"expected_", "batch_size", "learning_", "rate", "multiplier", "epsilon"}
+    assert (words <= set(heading.replace("┃", " ").split())) is (width == 80)
+    (row,) = [line for line in lines if line.startswith("│") and "1024" in line]
+    assert row.endswith("2.9999 │")
+    assert len(row) <= width
+
+
 def test_a_plan_starts_and_writes_nothing(
     sweep_file: Path,
     started: list[int],
