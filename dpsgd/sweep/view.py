@@ -130,9 +130,10 @@ class SweepView(LiveView[Live]):
     def _row(self, run: SweepRun) -> tuple[str, str, str, str]:
         """Returns step, epsilon, accuracy and time of a run in words."""
         started = self._since.get(run.index)
-        is_working = run.index in self._slots and started is not None
-        spent = duration(time.monotonic() - started) if is_working and started else ""
-        return (*self._progress[run.index], spent)
+        if run.index not in self._slots or started is None:
+            return (*self._progress[run.index], "")
+        spent = int(time.monotonic() - started)  # whole seconds, from 0
+        return (*self._progress[run.index], duration(spent))
 
 
 def runs_table(

@@ -46,10 +46,11 @@ def test_a_terminal_has_a_table_that_is_kept_up_to_date(
     cells = [
         [cell.strip() for cell in re.split("[│┃]", line)] for line in last.splitlines()
     ]
-    rows = {row[1]: row[2:7] for row in cells if len(row) > 6}
+    rows = {row[1]: row[2:8] for row in cells if len(row) > 7}
 
     label = "learning_rate=0.5 seed=0"
-    assert rows["0"] == [label, "finished", "4/4", "3.000", "70.00 %"]
+    assert rows["0"] == [label, "finished", "4/4", "3.000", "70.00 %", ""]
+    assert rows["2"][5] == "0 s"  # whole seconds of what has just begun
     assert [rows[index][1] for index in "123"] == ["failed", "running", "waiting"]
     assert "field=[1]: rule; remedy" in last
     assert "1 running, 1 failed, 1 finished, 1 waiting" in last
