@@ -125,7 +125,8 @@ def test_a_page_has_both_schemes_and_fits_a_phone(report: Report) -> None:
     assert "color-scheme:light dark" in html
     assert "prefers-color-scheme:dark" in html
     assert "width=device-width" in html
-    assert "max-width: 40rem" in html
+    _, narrow = html.split("@media (max-width: 40rem)")
+    assert re.search(r"first-child \{\s*position: sticky; left: 0;", narrow)
 
 
 def test_figures_that_are_looked_for_first_are_there(report: Report) -> None:
