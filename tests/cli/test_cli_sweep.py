@@ -238,12 +238,13 @@ def test_a_sweep_that_is_stopped_saves_and_the_same_command_goes_on(
     path.write_text(yaml.safe_dump({"config": "small.yaml", "grid": grid}))
     folder = tmp_path / "sweep"
     arguments = [path, "--sweep-dir", folder]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # other tests run beside it
     process = subprocess.Popen(
         [sys.executable, ROOT / "bin" / "dpsgd-sweep", *arguments],
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},  # other tests run beside it
+        env=environment,
     )
     try:
         deadline = time.monotonic() + 100
@@ -264,3 +265,11 @@ def test_a_sweep_that_is_stopped_saves_and_the_same_command_goes_on(
     assert "checkpoint written; go on with" in log.read_text()
     done = command("dpsgd-sweep", *arguments, "--plan")
     assert "unfinished" in done.stdout
+
+    (begun,) = folder.glob("runs/*/config.yaml")
+    written = begun.stat().st_mtime_ns
+    done = command("dpsgd-sweep", *arguments, env=environment)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert statuses(folder) == ["finished", "finished"]
+    assert begun.stat().st_mtime_ns == written  # by whoever starts a run
+    assert not (folder / "abandoned").exists()
