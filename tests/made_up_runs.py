@@ -96,6 +96,7 @@ def write_run(
     lines: Sequence[Mapping[str, Any]] = (evaluation(2), evaluation(4)),
     report: Mapping[str, Any] | None = None,
     plan: Mapping[str, Any] | None = PLAN,
+    checkpoints: Sequence[str] = (),
 ) -> Path:
     """Writes a run directory, unseeded unless `settings` says otherwise.
 
@@ -105,8 +106,12 @@ def write_run(
         lines: Records of metrics.jsonl.
         report: report.json; None for a run that is not finished.
         plan: plan.json; None for a run of before it was written.
+        checkpoints: Names of files, which are empty.
     """
     folder.mkdir(parents=True)
+    for name in checkpoints:
+        (folder / "checkpoints").mkdir(exist_ok=True)
+        (folder / "checkpoints" / name).touch()
     config = config_to_dict(small_config({"train.seed": None, **(settings or {})}))
     (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     (folder / "environment.json").write_text(json.dumps(ENVIRONMENT))

@@ -44,6 +44,7 @@ from dpsgd.report.words import (
     setting_in_words,
     significant,
     size,
+    steps_in_words,
 )
 
 __all__ = ["comparison_report"]
@@ -157,7 +158,7 @@ def _results_table(runs: Sequence[RunRecord]) -> Markup:
             epsilon_in_words(run.epsilon),
             _of_mechanism(run, "noise_multiplier"),
             count(run.number("expected_batch_size")),
-            f"{count(run.step)} of {count(run.planned_steps)}",
+            steps_in_words(run.step, run.planned_steps, run.checkpoint_step),
         )
         for run in runs
     ]
@@ -202,7 +203,7 @@ def _privacy_table(runs: Sequence[RunRecord]) -> Markup:
         (
             run.name,
             statement_of(run).headline,
-            epsilon_in_words(run.epsilon),
+            _spent(run),
             epsilon_in_words(run.planned_epsilon),
             _of_mechanism(run, "delta"),
         )
@@ -241,6 +242,14 @@ def _gap(run: RunRecord) -> str:
     if run.by_class is None or not run.by_class.gaps:
         return NOT_RECORDED
     return f"{100 * run.by_class.gaps['accuracy'].size:.1f}"
+
+
+def _spent(run: RunRecord) -> str:
+    """Returns the epsilon spent, and by which step as long as a run is unfinished."""
+    spent = epsilon_in_words(run.epsilon)
+    if run.is_finished or run.epsilon is None or run.epsilon == float("inf"):
+        return spent
+    return f"{spent} at step {count(run.step)}"
 
 
 def _of_mechanism(run: RunRecord, name: str) -> str:

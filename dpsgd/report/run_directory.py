@@ -4,6 +4,7 @@ import fcntl
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ __all__ = ["FORMAT", "RunDirectory", "default_run_directory", "environment"]
 # Of plan.json and report.json. Format 1 had no plan.json and no `format`; the oldest
 # runs of it name neither unit nor noise, and count no test examples by class.
 FORMAT = 2
+_CHECKPOINT = re.compile(r"step-(\d+)\.(?:safetensors|shards)")
 _PACKAGES = ("dpsgd", "torch", "torchvision", "triton", "numpy", "prv-accountant")
 
 
@@ -104,6 +106,12 @@ class RunDirectory:
             rule = "holds no run (config.yaml is missing)"
             remedy = "name the folder that bin/dpsgd-train made"
             raise ConfigError(fault("run_dir", self.path, rule, remedy))
+
+    def newest_checkpoint(self) -> int | None:
+        """Returns the step of the newest checkpoint, None without any."""
+        paths = self.checkpoints.glob("step-*")
+        found = [_CHECKPOINT.fullmatch(path.name) for path in paths]
+        return max((int(name[1]) for name in found if name), default=None)
 
 
 def default_run_directory(config_path: Path, now: datetime) -> Path:

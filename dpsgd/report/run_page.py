@@ -199,7 +199,8 @@ def _subtitle(run: RunRecord) -> str:
         network = f"{network}, {count(parameters)} parameters"
     finished = run.text("finished_at")
     when = finished and finished[:16].replace("T", " ")
-    steps = f"{count(run.step)} of {count(run.planned_steps)} steps"
+    taken = max(run.step, run.checkpoint_step or 0)
+    steps = f"{count(taken)} of {count(run.planned_steps)} steps"
     parts = [data, network, outcome_in_words(run), steps, when]
     return "; ".join(str(one) for one in parts if one)
 
@@ -238,7 +239,10 @@ def _delta(run: RunRecord) -> str | None:
     """Returns delta, and what epsilon is; nothing beside an infinite one."""
     if run.epsilon == math.inf:
         return None
-    return f"upper bound; delta {significant(run.number('delta'))}"
+    text = f"upper bound; delta {significant(run.number('delta'))}"
+    if run.is_finished or run.epsilon is None:
+        return text
+    return f"{text}; at the last evaluation, step {count(run.step)}"
 
 
 def _curves(run: RunRecord) -> list[Drawn]:

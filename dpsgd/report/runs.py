@@ -59,6 +59,8 @@ class RunRecord:
         environment: environment.json; empty if it is missing.
         evaluations: Of metrics.jsonl, in the order of their steps.
         num_unprotected: Records of values that noise does not protect.
+        checkpoint_step: Of the newest checkpoint, which the last evaluation of an
+            interrupted run may be behind; None without any.
     """
 
     name: str
@@ -69,6 +71,7 @@ class RunRecord:
     environment: Mapping[str, Any]
     evaluations: tuple[EvaluationLine, ...]
     num_unprotected: int
+    checkpoint_step: int | None = None
 
     @property
     def is_finished(self) -> bool:
@@ -230,6 +233,7 @@ def read_run(path: Path) -> RunRecord:
         environment=_read(directory.environment, json.loads),
         evaluations=_evaluations(lines),
         num_unprotected=sum("unprotected" in _mapping(line) for line in lines),
+        checkpoint_step=directory.newest_checkpoint(),
     )
 
 

@@ -12,6 +12,7 @@ from dpsgd.report.words import (
     epsilon_in_words,
     setting_in_words,
     significant,
+    steps_in_words,
 )
 
 __all__ = ["Standing", "Statement", "joint_epsilon", "statement_of"]
@@ -200,7 +201,7 @@ def _spent(run: RunRecord) -> str:
     if run.epsilon is None:
         return "what it has spent is recorded with the first evaluation"
     spent = epsilon_in_words(run.epsilon)
-    return f"an epsilon of {spent} was spent by step {count(run.step)}"
+    return f"an epsilon of {spent} was spent at the last evaluation, step {run.step:,}"
 
 
 def _meaning(run: RunRecord, epsilon: float) -> str:
@@ -227,7 +228,7 @@ def _facts(run: RunRecord, standing: Standing) -> tuple[tuple[str, str], ...]:
     rows = () if standing == "none" else _guarantee_facts(run, standing)
     rows += _step_facts(run) if run.has_mechanism else _unprotected_step_facts(run)
     rows += (
-        ("Steps", f"{count(run.step)} of {count(run.planned_steps)}"),
+        ("Steps", steps_in_words(run.step, run.planned_steps, run.checkpoint_step)),
         ("Training set", _training_set(run)),
     )
     if standing == "private":

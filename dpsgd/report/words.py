@@ -16,6 +16,7 @@ __all__ = [
     "setting_in_words",
     "significant",
     "size",
+    "steps_in_words",
 ]
 
 NOT_RECORDED: Final = "not recorded"
@@ -58,6 +59,20 @@ def count(value: float | None) -> str:
 def significant(value: float | None, digits: int = 6) -> str:
     """Returns a number to some digits, like 2.56281 or 1e-05."""
     return NOT_RECORDED if value is None else f"{value:.{digits}g}"
+
+
+def steps_in_words(step: int, planned: int | None, saved: int | None = None) -> str:
+    """Returns how far a run was evaluated, and saved where that is further.
+
+    >>> steps_in_words(200, 2000), steps_in_words(200, 2000, 200)
+    ('200 of 2,000', '200 of 2,000')
+    >>> steps_in_words(200, 2000, 217), steps_in_words(0, 2000, 17)
+    ('217 of 2,000, evaluated at 200', '17 of 2,000, not evaluated yet')
+    """
+    if saved is None or saved <= step:
+        return f"{count(step)} of {count(planned)}"
+    evaluated = f"evaluated at {count(step)}" if step else "not evaluated yet"
+    return f"{count(saved)} of {count(planned)}, {evaluated}"
 
 
 def duration(seconds: float | None) -> str:

@@ -17,6 +17,7 @@ from dpsgd.report.words import (
     percent,
     setting_in_words,
     significant,
+    steps_in_words,
 )
 from dpsgd.sweep.folder import RunState, SweepFolder
 from dpsgd.sweep.plan import ENTRY, RECORDED, SEED, SweepPlan, SweepRun
@@ -239,7 +240,11 @@ class SweepResults:
                     str(row["index"]),
                     row["run"],
                     row["status"],
-                    f"{row['step']:,} of {row['num_steps']:,}",
+                    steps_in_words(
+                        row["step"],
+                        row["num_steps"],
+                        one.record.checkpoint_step if one.record else None,
+                    ),
                     _accuracy(row["test_accuracy_ema"]),
                     _accuracy(row["test_accuracy"]),
                     "-" if one.record is None else epsilon_in_words(row["epsilon"]),

@@ -158,6 +158,14 @@ def test_figures_that_are_looked_for_first_are_there(report: Report) -> None:
             ["Not finished", "There is no evaluation yet; one is due every 2"],
         ),
         (
+            {"lines": [evaluation(2)], "checkpoints": ["step-00000003.safetensors"]},
+            [
+                "not finished; 3 of 4 steps",
+                "Epsilon 1.4998 upper bound; delta 1e-05; at the last evaluation, "
+                "step 2",
+            ],
+        ),
+        (
             {"lines": [evaluation(1)], "report": result(num_steps=1)},
             ["1 of 4 steps", "Test accuracy, %"],
         ),
@@ -197,6 +205,7 @@ def test_figures_that_are_looked_for_first_are_there(report: Report) -> None:
     ],
     ids=[
         "interrupted before the first evaluation",
+        "interrupted after the last evaluation",
         "one step",
         "without noise",
         "without privacy",
@@ -307,10 +316,17 @@ def test_a_comparison_tells_what_unfinished_and_older_runs_record(
     config = yaml.safe_load((older / "config.yaml").read_text())
     del config["optimizer"]["momentum"], config["optimizer"]["learning_rate"]
     (older / "config.yaml").write_text(yaml.safe_dump(config))
-    third = write_run(tmp_path / "third", settings={"optimizer.learning_rate": 4})
+    third = write_run(
+        tmp_path / "third",
+        settings={"optimizer.learning_rate": 4},
+        lines=[evaluation(2)],
+        checkpoints=["step-00000003.safetensors"],
+    )
     runs = [run, read_run(older), read_run(third)]
     words = words_of(comparison_report(runs).html)
 
+    assert "there are no weights to release yet 1.4998 at step 2 2.9999 1e-05" in words
+    assert "1.4998 1.25 16 3 of 4, evaluated at 2" in words
     assert "older 8 8 s not recorded not recorded cpu" in words
     assert "optimizer.learning_rate 0.5 not recorded 4" in words
     assert "optimizer.momentum 0 not recorded 0" not in words

@@ -60,6 +60,21 @@ def test_an_unfinished_run_is_read_as_far_as_it_was_evaluated(tmp_path: Path) ->
     assert run.num_test_examples is None
 
 
+def test_the_newest_checkpoint_may_be_ahead_of_the_last_evaluation(
+    tmp_path: Path,
+) -> None:
+    others = ["best.safetensors", "step-00000009.part", "step-00000008.safetensors.tmp"]
+    names = ["step-00000002.safetensors", "step-00000003.shards", *others]
+    run = read_run(
+        write_run(tmp_path / "run", lines=[evaluation(2)], checkpoints=names)
+    )
+
+    assert (run.step, run.checkpoint_step) == (2, 3)
+    only = write_run(tmp_path / "only", lines=[], checkpoints=others)
+    assert read_run(only).checkpoint_step is None
+    assert read_run(write_run(tmp_path / "none")).checkpoint_step is None
+
+
 def test_a_run_without_any_evaluation_has_spent_what_is_not_recorded(
     tmp_path: Path,
 ) -> None:

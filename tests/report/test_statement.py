@@ -198,7 +198,11 @@ def test_an_unfinished_run_states_what_it_will_be_and_has_spent(tmp_path: Path) 
 
     assert stated.standing == "unfinished"
     assert "will be (2.9999, 1e-05)-differentially private per" in stated.paragraphs[0]
-    assert "1.4998 was spent by step 2" in stated.paragraphs[0]
+    assert "1.4998 was spent at the last evaluation, step 2." in stated.paragraphs[0]
+    assert dict(stated.facts)["Steps"] == "2 of 4"
+    names = ["step-00000003.safetensors"]
+    saved = statement(tmp_path / "saved", lines=[evaluation(2)], checkpoints=names)
+    assert dict(saved.facts)["Steps"] == "3 of 4, evaluated at 2"
     early = statement(tmp_path / "early", lines=[])
     assert "recorded with the first evaluation" in early.paragraphs[0]
 

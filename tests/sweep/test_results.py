@@ -129,8 +129,11 @@ def test_runs_that_go_on_count_with_what_they_will_spend(
     plan = read_sweep(sweep_file(grid={"optimizer.learning_rate": [1, 2]}))
     leave_run(folder, plan.runs[0], is_finished=False)
 
-    joint = collect(folder, plan).joint()
-    assert joint == pytest.approx((2.9999, 1e-5))
+    (folder.directory(plan.runs[0]).checkpoints / "step-00000005.safetensors").touch()
+    results = collect(folder, plan)
+
+    assert results.joint() == pytest.approx((2.9999, 1e-5))
+    assert results.runs_table()[1][0][3] == "5 of 4, evaluated at 4"
 
 
 def test_one_key_is_a_line_and_the_other_an_axis(sweep_of: Sweep) -> None:
