@@ -147,7 +147,7 @@ class SweepFolder:
         failure = self._failure(run)
         if failure.is_file():
             return RunState("failed", _error_of(failure))
-        has_checkpoint = any(directory.checkpoints.glob("step-*.safetensors"))
+        has_checkpoint = directory.newest_checkpoint() is not None
         return RunState("unfinished" if has_checkpoint else "waiting")
 
     def note_failure(self, run: SweepRun, *, exit_code: int) -> None:

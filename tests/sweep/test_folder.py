@@ -82,6 +82,9 @@ def test_how_far_a_run_has_come_follows_from_its_files(
         "waiting",
         "waiting",
     ]
+    (shards := checkpoint.with_suffix(".shards")).mkdir()
+    assert folder.state(killed).status == "unfinished"
+    shards.rmdir()
     with folder.directory(unfinished).locked():
         assert folder.state(unfinished) == RunState("running")
     folder.move_aside(killed)
