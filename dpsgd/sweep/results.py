@@ -3,7 +3,6 @@
 import csv
 import io
 import math
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -20,9 +19,10 @@ from dpsgd.report.words import (
     steps_in_words,
 )
 from dpsgd.sweep.folder import RunState, SweepFolder
+from dpsgd.sweep.groups import Group, group_of, without_seed
 from dpsgd.sweep.plan import ENTRY, RECORDED, SEED, SweepPlan, SweepRun
 
-__all__ = ["NOTE", "Group", "RunResult", "SweepResults", "collect"]
+__all__ = ["NOTE", "RunResult", "SweepResults", "collect"]
 
 NOTE: Final = (
     "Choosing settings by the results of runs on private data uses the data once for "
@@ -72,54 +72,6 @@ class RunResult:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Group:
-    """The finished runs that differ in nothing but their seed.
-
-    Attributes:
-        values: What they have in common, by column.
-        accuracies: Of averaged weights where they are kept, else of the last.
-        recorded: Largest of what the runs recorded, by name; None if one did not.
-        has_mechanism: Whether they are private ones.
-    """
-
-    values: Mapping[str, Any]
-    accuracies: tuple[float, ...]
-    recorded: Mapping[str, float | None]
-    has_mechanism: bool
-
-    @property
-    def mean(self) -> float:
-        """Mean accuracy, in [0, 1]."""
-        return statistics.fmean(self.accuracies)
-
-    @property
-    def std(self) -> float | None:
-        """Sample standard deviation of the accuracies; None of a single one."""
-        if len(self.accuracies) < 2:
-            return None
-        return statistics.stdev(self.accuracies)
-
-    def place_on(self, axis: str) -> float | str | None:
-        """Returns a number or a word; None if what runs record is not finite."""
-        if axis in RECORDED:
-            value = self.recorded[axis]
-            return None if value is None or math.isinf(value) else value
-        value = self.values[axis]
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        return float(value) if is_number else setting_in_words(value)
-
-    def row(self) -> dict[str, Any]:
-        """Returns plain values by name."""
-        return {
-            **self.values,
-            "runs": len(self.accuracies),
-            "accuracy_mean": self.mean,
-            "accuracy_std": self.std,
-            **self.recorded,
-        }
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class SweepResults:
     """All that a sweep has found so far.
 
@@ -143,8 +95,11 @@ class SweepResults:
         members: dict[str, list[RunResult]] = {}
         for one in self.with_status("finished"):
             if one.record is not None and one.record.main_accuracy is not None:
-                members.setdefault(to_json(_without_seed(one.run)), []).append(one)
-        return [_group(found) for found in members.values()]
+                members.setdefault(to_json(without_seed(one.run)), []).append(one)
+        return [
+            group_of(found[0].run, [one.record for one in found if one.record])
+            for found in members.values()
+        ]
 
     def lines(self, axis: str) -> list[tuple[str, list[Point]]]:
         """Returns the lines of the figure that has one quantity on its axis.
@@ -310,34 +265,6 @@ def collect(folder: SweepFolder, plan: SweepPlan) -> SweepResults:
         found.append(RunResult(run=run, state=folder.state(run), record=record))
     others = [read_run(path) for path in folder.others(plan)]
     return SweepResults(plan=plan, runs=found, others=others)
-
-
-def _group(found: Sequence[RunResult]) -> Group:
-    """Returns finished runs that differ in their seed, as one."""
-    records = [one.record for one in found if one.record is not None]
-    recorded: dict[str, float | None] = {}
-    for name in RECORDED:
-        values = [
-            record.epsilon if name == "epsilon" else record.number(name)
-            for record in records
-        ]
-        known = [value for value in values if value is not None]
-        recorded[name] = max(known) if len(known) == len(values) else None
-    return Group(
-        values=_without_seed(found[0].run),
-        accuracies=tuple(
-            record.main_accuracy
-            for record in records
-            if record.main_accuracy is not None
-        ),
-        recorded=recorded,
-        has_mechanism=all(record.has_mechanism for record in records),
-    )
-
-
-def _without_seed(run: SweepRun) -> dict[str, Any]:
-    """Returns what tells a run from those that are no repetitions of it."""
-    return {key: value for key, value in run.values.items() if key != SEED}
 
 
 def _told(values: Mapping[str, Any]) -> str:
