@@ -33,7 +33,10 @@ _LONGEST_LABEL = 34
 _LEGEND_LETTERS = 68  # in a line of a legend
 _LEGEND_ROW = 0.19  # inches
 _STYLES: Final = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)))
-_LOGARITHMIC_FROM = 8.0  # largest over smallest value of an axis
+# Largest over smallest value of an axis: of any quantity, and of one that is a scale.
+_LOGARITHMIC_FROM = (8.0, 2.0)
+_MOST_TICKS = 8
+_WIDE = 30.0  # span, above which round numbers would crowd a logarithmic axis
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -197,13 +200,17 @@ def outcomes_figure(comparison: Comparison | None) -> "Figure | None":
 
 
 def sweep_figure(
-    lines: Sequence[tuple[str, Sequence[Point]]], *, x_label: str
+    lines: Sequence[tuple[str, Sequence[Point]]],
+    *,
+    x_label: str,
+    is_scale: bool = False,
 ) -> "Figure | None":
     """Draws final accuracy against a swept key, mean and standard deviation.
 
     Args:
         lines: Label and points of each line; x values are all numbers or all words.
         x_label: The key.
+        is_scale: Whether ratios of it are what matters, as of noise.
     """
     lines = [(label, points) for label, points in lines if points]
     if not lines:
@@ -228,7 +235,7 @@ def sweep_figure(
                 label=_short(label),
             )
         if is_numeric:
-            _number_axis(axes, sorted(numbers))
+            _number_axis(axes, sorted(numbers), is_scale=is_scale)
         else:
             _word_axis(axes, [str(x) for x in ticks])
         axes.set_xlabel(x_label)
@@ -319,15 +326,25 @@ def _legend(axes: "Axes", labels: Sequence[str]) -> None:
     figure.legend(loc="outside lower left", ncols=columns, fontsize=9, handlelength=1.6)
 
 
-def _number_axis(axes: "Axes", values: Sequence[float]) -> None:
+def _number_axis(axes: "Axes", values: Sequence[float], *, is_scale: bool) -> None:
     """Puts ticks where values are; logarithmic where they span much."""
-    from matplotlib.ticker import NullLocator
+    from matplotlib.ticker import LogLocator, NullLocator
 
-    if values[0] > 0 and values[-1] / values[0] >= _LOGARITHMIC_FROM:
+    is_few = len(values) <= _MOST_TICKS
+    span = values[-1] / values[0] if values[0] > 0 else 0.0
+    if span >= _LOGARITHMIC_FROM[is_scale]:
         axes.set_xscale("log")
         axes.xaxis.set_minor_locator(NullLocator())
-    if len(values) <= 8:
-        axes.set_xticks(list(values), [f"{value:,.6g}" for value in values])
+        subs = (1.0, 3.0) if span > _WIDE else (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)
+        axes.xaxis.set_major_locator(LogLocator(subs=subs))
+        axes.xaxis.set_major_formatter("{x:,.6g}")
+    if is_few:
+        axes.set_xticks(list(values), [_tick(value) for value in values])
+
+
+def _tick(value: float) -> str:
+    """Returns a value as it stands at an axis."""
+    return f"{value:,.0f}" if float(value).is_integer() else f"{value:,.4g}"
 
 
 def _word_axis(axes: "Axes", words: Sequence[str]) -> None:

@@ -92,6 +92,15 @@ class RunRecord:
         return None if number is None else int(number)
 
     @property
+    def epochs(self) -> float | None:
+        """Passes over the training set that the steps taken amount to, or None."""
+        size, total = (
+            self.number("expected_batch_size"),
+            self.number(f"num_{self.unit}s"),
+        )
+        return self.step * size / total if size is not None and total else None
+
+    @property
     def epsilon(self) -> float | None:
         """Upper bound spent at `step`; inf without noise, None if not recorded."""
         if self.is_finished:

@@ -70,10 +70,7 @@ def group_of(run: SweepRun, records: Sequence[RunRecord]) -> Group:
     """
     recorded: dict[str, float | None] = {}
     for name in RECORDED:
-        values = [
-            record.epsilon if name == "epsilon" else record.number(name)
-            for record in records
-        ]
+        values = [_recorded(record, name) for record in records]
         known = [value for value in values if value is not None]
         recorded[name] = max(known) if len(known) == len(values) else None
     return Group(
@@ -86,6 +83,13 @@ def group_of(run: SweepRun, records: Sequence[RunRecord]) -> Group:
         recorded=recorded,
         has_mechanism=all(record.has_mechanism for record in records),
     )
+
+
+def _recorded(record: RunRecord, name: str) -> float | None:
+    """Returns one of the recorded quantities of a run."""
+    if name == "epochs":
+        return record.epochs
+    return record.epsilon if name == "epsilon" else record.number(name)
 
 
 def without_seed(run: SweepRun) -> dict[str, Any]:

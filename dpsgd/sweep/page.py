@@ -48,7 +48,11 @@ def _axes(results: SweepResults) -> list[Drawn]:
     for number, axis in enumerate(results.plan.axes):
         drawn += draw(
             f"sweep-{number}" if number else "sweep",
-            sweep_figure(results.lines(axis), x_label="" if axis == ENTRY else axis),
+            sweep_figure(
+                results.lines(axis),
+                x_label="" if axis == ENTRY else axis,
+                is_scale=axis == "noise_multiplier",
+            ),
             f"Final test accuracy over {axis}.",
             "Mean of the runs, and their standard deviation where there are several "
             "seeds; averaged weights where they are kept.",

@@ -24,6 +24,7 @@ __all__ = [
     "ENTRY",
     "RECORDED",
     "SEED",
+    "STEPS",
     "SweepPlan",
     "SweepRun",
     "identity_of",
@@ -34,7 +35,8 @@ __all__ = [
 ENTRY: Final = "entry"
 """Column of the names that entries of `list` may have."""
 SEED: Final = "train.seed"
-RECORDED: Final = ("noise_multiplier", "epsilon")
+STEPS: Final = "train.num_steps"
+RECORDED: Final = ("noise_multiplier", "epsilon", "epochs")
 """What a run records that a figure may have on its axis, besides swept keys."""
 
 _KEYS = ["config", "set", "grid", "list", "x", "jobs", "slurm"]

@@ -20,7 +20,7 @@ from dpsgd.report.words import (
 )
 from dpsgd.sweep.folder import RunState, SweepFolder
 from dpsgd.sweep.groups import Group, group_of, without_seed
-from dpsgd.sweep.plan import ENTRY, RECORDED, SEED, SweepPlan, SweepRun
+from dpsgd.sweep.plan import ENTRY, RECORDED, SEED, STEPS, SweepPlan, SweepRun
 
 __all__ = ["NOTE", "RunResult", "SweepResults", "collect"]
 
@@ -109,12 +109,12 @@ class SweepResults:
 
         Returns:
             Label and points of each line, by x where it is a number. What else is
-            swept tells the lines apart; on the axis of a recorded quantity, what is
-            on another figure's axis moves along a line.
+            swept tells the lines apart; on the axis of a recorded quantity, steps and
+            what is on another figure's axis move along a line.
         """
         apart = [one for one in self.told_columns(SEED) if one != axis]
         if axis in RECORDED:
-            apart = [one for one in apart if one not in self.plan.axes]
+            apart = [one for one in apart if one not in (*self.plan.axes, STEPS)]
         if axis in self.plan.listed:  # which the names of entries stand for
             apart = [one for one in apart if one != ENTRY]
         found: dict[str, list[Point]] = {}

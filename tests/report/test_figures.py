@@ -164,6 +164,29 @@ def test_a_sweep_is_drawn_over_numbers_or_words() -> None:
     assert sweep_figure([("empty", [])], x_label="x") is None
 
 
+@pytest.mark.parametrize(
+    ("values", "is_scale", "scale", "ticks"),
+    [
+        ((1, 2.56281, 7), False, "linear", ["1", "2.563", "7"]),
+        ((6.144, 49.152, 12_345), False, "log", ["6.144", "49.15", "12,345"]),
+        ((1.5, 2.9), True, "linear", ["1.5", "2.9"]),
+        ((1.5, 3.0), True, "log", ["1.5", "3"]),
+        ((0.0, 3.0), True, "linear", ["0", "3"]),
+        ([0.9 * 1.2**n for n in range(10)], True, "log", ["1", "1.5", "2", "3"]),
+        ([6.0 * 2**n for n in range(10)], False, "log", ["10", "30", "100", "3,000"]),
+    ],
+)
+def test_an_axis_is_logarithmic_where_its_values_span_much(
+    values: list[float], is_scale: bool, scale: str, ticks: list[str]
+) -> None:
+    lines = [("", points(*((value, 0.5) for value in values)))]
+    figure = sweep_figure(lines, x_label="x", is_scale=is_scale)
+    assert figure is not None
+
+    assert figure.axes[0].get_xscale() == scale
+    assert set(ticks) <= set(texts(figure))
+
+
 def test_names_are_drawn_as_text_and_not_as_formulas() -> None:
     name = "$x^2$ <b>" + "long " * 20
     (label,) = [

@@ -17,6 +17,7 @@ def test_a_finished_run_is_read(tmp_path: Path) -> None:
     assert (run.epsilon, run.planned_epsilon) == (2.9999, 2.9999)
     assert (run.accuracy, run.accuracy_ema, run.main_accuracy) == (0.5, 0.7, 0.7)
     assert run.number("noise_multiplier") == 1.25
+    assert run.epochs == 4 * 16 / 1437
     assert run.versions == {"dpsgd": "0.1.0", "torch": "2.14.1"}
     assert run.text("commit") == "0123abcd"
     assert not run.is_seeded
@@ -104,6 +105,7 @@ def test_an_epsilon_of_null_is_infinite_and_a_missing_one_unknown(
 
     older = write_run(tmp_path / "older", plan=None, lines=[])
     assert read_run(older).planned_epsilon is None
+    assert read_run(older).epochs is None
 
 
 def test_a_run_of_before_the_plan_was_written_is_read(tmp_path: Path) -> None:

@@ -59,7 +59,11 @@ def test_runs_of_other_seeds_are_one_setting(
     assert first.mean == pytest.approx(0.72)
     assert first.std == pytest.approx(math.sqrt(2) * 0.02)
     assert (second.accuracies, second.std) == (pytest.approx((0.9,)), None)
-    assert first.recorded == {"noise_multiplier": 1.25, "epsilon": 2.9999}
+    assert first.recorded == {
+        "noise_multiplier": 1.25,
+        "epsilon": 2.9999,
+        "epochs": 4 * 16 / 1437,
+    }
 
 
 def test_tables_hold_every_run_with_its_settings_and_failures(
@@ -160,6 +164,28 @@ def test_a_recorded_quantity_can_be_the_axis(sweep_of: Sweep) -> None:
         lines = dict(results.lines(axis))
         assert list(lines) == ["expected_batch_size 8", "expected_batch_size 16"]
         assert [point.x for point in lines["expected_batch_size 16"]] == places
+
+
+def test_compute_is_told_in_epochs_along_which_steps_move(sweep_of: Sweep) -> None:
+    grid = {"privacy.expected_batch_size": [8, 16], "train.num_steps": [2, 8]}
+    folder, plan = sweep_of(grid=grid, x=["epochs", "noise_multiplier"])
+    for run, steps in zip(plan.runs, (2, 8, 2, 8), strict=True):
+        path = folder.directory(run).report
+        size = run.config.privacy.expected_batch_size
+        facts = {"expected_batch_size": size, "num_steps": steps}
+        path.write_text(json.dumps({**json.loads(path.read_text()), **facts}))
+    results = collect(folder, plan)
+
+    for axis, places in (
+        ("epochs", {8: [16 / 1437, 64 / 1437], 16: [32 / 1437, 128 / 1437]}),
+        ("noise_multiplier", {8: [1, 4], 16: [1, 4]}),
+    ):
+        lines = dict(results.lines(axis))
+        assert {
+            label: [point.x for point in points] for label, points in lines.items()
+        } == {f"expected_batch_size {size}": found for size, found in places.items()}
+    assert results.groups()[0].row()["epochs"] == 16 / 1437
+    assert [one.name for one in sweep_report(results).drawn][:2] == ["sweep", "sweep-1"]
 
 
 def test_names_of_entries_stand_for_their_settings(sweep_of: Sweep) -> None:
