@@ -61,12 +61,14 @@ class Point:
     Attributes:
         x: Value of the key on the axis: a number, or a word.
         mean: Of their accuracies, in [0, 1].
-        std: Sample standard deviation, 0 for a single run.
+        low: Lower end of the error bar, <= mean.
+        high: Upper end, >= mean.
     """
 
     x: float | str
     mean: float
-    std: float
+    low: float
+    high: float
 
 
 def curves_of(
@@ -205,7 +207,7 @@ def sweep_figure(
     x_label: str,
     is_scale: bool = False,
 ) -> "Figure | None":
-    """Draws final accuracy against a swept key, mean and standard deviation.
+    """Draws final accuracy against a swept key, with error bars.
 
     Args:
         lines: Label and points of each line; x values are all numbers or all words.
@@ -226,7 +228,10 @@ def sweep_figure(
             axes.errorbar(
                 places,
                 [100 * point.mean for point in points],
-                yerr=[100 * point.std for point in points],
+                yerr=[
+                    [100 * (point.mean - point.low) for point in points],
+                    [100 * (point.high - point.mean) for point in points],
+                ],
                 color=_color(rank),
                 linestyle=_line_style(rank) if is_numeric else "none",
                 marker="o",

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dpsgd.report import RunRecord
+from dpsgd.report.intervals import wilson_interval
 from dpsgd.report.words import setting_in_words
 from dpsgd.sweep.plan import RECORDED, SEED, SweepRun
 
@@ -22,12 +23,14 @@ class Group:
         accuracies: Of averaged weights where they are kept, else of the last.
         recorded: Largest of what the runs recorded, by name; None if one did not.
         has_mechanism: Whether they are private ones.
+        num_test_examples: That each was measured on; None if it is not recorded.
     """
 
     values: Mapping[str, Any]
     accuracies: tuple[float, ...]
     recorded: Mapping[str, float | None]
     has_mechanism: bool
+    num_test_examples: int | None
 
     @property
     def mean(self) -> float:
@@ -40,6 +43,19 @@ class Group:
         if len(self.accuracies) < 2:
             return None
         return statistics.stdev(self.accuracies)
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """95 % interval of a single run for the finite test set; None of several."""
+        if len(self.accuracies) > 1 or self.num_test_examples is None:
+            return None
+        return wilson_interval(self.mean, self.num_test_examples)
+
+    @property
+    def error_bar(self) -> tuple[float, float]:
+        """Mean less and plus the deviation of several runs; the interval of one."""
+        spread = self.std or 0.0
+        return self.interval or (self.mean - spread, self.mean + spread)
 
     def place_on(self, axis: str) -> float | str | None:
         """Returns a number or a word; None if what runs record is not finite."""
@@ -82,6 +98,7 @@ def group_of(run: SweepRun, records: Sequence[RunRecord]) -> Group:
         ),
         recorded=recorded,
         has_mechanism=all(record.has_mechanism for record in records),
+        num_test_examples=records[0].num_test_examples,
     )
 
 

@@ -6,6 +6,7 @@ from dpsgd.report import RunRecord
 from dpsgd.report.figures import accuracy_figure, loss_figure, sweep_figure
 from dpsgd.report.markup import Markup, element
 from dpsgd.report.page import Drawn, Report, draw, figures, page, section, table
+from dpsgd.sweep.groups import Group
 from dpsgd.sweep.plan import ENTRY, SEED
 from dpsgd.sweep.results import NOTE, SweepResults
 
@@ -54,10 +55,22 @@ def _axes(results: SweepResults) -> list[Drawn]:
                 is_scale=axis == "noise_multiplier",
             ),
             f"Final test accuracy over {axis}.",
-            "Mean of the runs, and their standard deviation where there are several "
-            "seeds; averaged weights where they are kept.",
+            _error_bars_in_words(
+                [one for one in results.groups() if one.place_on(axis) is not None]
+            ),
         )
     return drawn
+
+
+def _error_bars_in_words(groups: Sequence[Group]) -> str:
+    """Returns what a figure shows of several seeds, and of single runs."""
+    parts = ["Averaged weights where they are kept."]
+    if any(group.std is not None for group in groups):
+        parts.append("Of several seeds the mean, with bars of a standard deviation.")
+    if any(group.interval is not None for group in groups):
+        bars = "95 % intervals (Wilson) for the finite test set"
+        parts.append(f"Bars of single runs are {bars}.")
+    return " ".join(parts)
 
 
 def _curves(records: Sequence[RunRecord]) -> list[Drawn]:

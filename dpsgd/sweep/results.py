@@ -123,7 +123,8 @@ class SweepResults:
             if x is None:
                 continue
             told = _told({key: group.values[key] for key in apart})
-            point = Point(x=x, mean=group.mean, std=group.std or 0.0)
+            low, high = group.error_bar
+            point = Point(x=x, mean=group.mean, low=low, high=high)
             found.setdefault(told, []).append(point)
         return [(label, _by_x(points)) for label, points in found.items()]
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from made_up_runs import evaluation, result, write_run
+from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -146,7 +147,7 @@ def test_of_very_many_classes_the_best_and_worst_are_drawn() -> None:
 
 
 def points(*values: tuple[float | str, float]) -> list[Point]:
-    return [Point(x=x, mean=mean, std=0.01) for x, mean in values]
+    return [Point(x=x, mean=mean, low=mean - 0.01, high=1.0) for x, mean in values]
 
 
 def test_a_sweep_is_drawn_over_numbers_or_words() -> None:
@@ -162,6 +163,16 @@ def test_a_sweep_is_drawn_over_numbers_or_words() -> None:
     )
     assert {"base", "+ ema"} <= set(texts(words))
     assert sweep_figure([("empty", [])], x_label="x") is None
+
+
+def test_error_bars_end_where_they_should() -> None:
+    figure = sweep_figure([("", points((1, 0.5), (2, 0.75)))], x_label="x")
+    assert figure is not None
+    (bars,) = figure.axes[0].collections
+
+    assert isinstance(bars, LineCollection)
+    ends = [segment[:, 1].tolist() for segment in bars.get_segments()]
+    assert ends == [pytest.approx([49, 100]), pytest.approx([74, 100])]
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from made_up_runs import NO_MECHANISM, WITHOUT_PRIVACY, result, write_run
 from sweep_runs import leave_run
 
 from dpsgd.report.figures import Point
+from dpsgd.report.intervals import wilson_interval
 from dpsgd.sweep.folder import SweepFolder
 from dpsgd.sweep.page import sweep_report
 from dpsgd.sweep.plan import SweepPlan, read_sweep
@@ -151,9 +152,45 @@ def test_one_key_is_a_line_and_the_other_an_axis(sweep_of: Sweep) -> None:
 
     assert list(lines) == ["expected_batch_size 8", "expected_batch_size 16"]
     assert [point.x for point in lines["expected_batch_size 8"]] == [1, 2]
+    deviation = 0.01 / math.sqrt(2)
     assert lines["expected_batch_size 8"][1] == Point(
-        x=2.0, mean=pytest.approx(0.205), std=pytest.approx(0.01 / math.sqrt(2))
+        x=2.0,
+        mean=pytest.approx(0.205),
+        low=pytest.approx(0.205 - deviation),
+        high=pytest.approx(0.205 + deviation),
     )
+
+
+def test_error_bars_are_the_deviation_of_seeds_or_the_interval_of_one_run(
+    swept: tuple[SweepFolder, SweepPlan],
+) -> None:
+    folder, plan = swept
+    results = collect(folder, plan)
+    several, single = results.groups()
+    drawn = sweep_report(results).drawn[0].markup
+
+    assert several.interval is None
+    assert several.error_bar == pytest.approx((0.72 - 0.0283, 0.72 + 0.0283), abs=1e-4)
+    # 180 of 200 test examples: made-up runs have a hundred of two classes each.
+    assert single.error_bar == pytest.approx(wilson_interval(0.9, 200))
+    assert "Of several seeds the mean, with bars of a standard deviation. " in drawn
+    assert "Bars of single runs are 95 % intervals (Wilson) for the finite" in drawn
+
+    (folder.directory(plan.runs[1]).report).unlink()
+    both_single = sweep_report(collect(folder, plan)).drawn[0].markup
+    assert "deviation" not in both_single
+    assert "Bars of single runs" in both_single
+
+
+def test_a_single_run_whose_test_set_was_not_counted_has_no_error_bar(
+    folder: SweepFolder, plan: SweepPlan
+) -> None:
+    leave_run(folder, plan.runs[0], per_class_num_examples=None)
+    results = collect(folder, plan)
+    (group,) = results.groups()
+
+    assert group.error_bar == (group.mean, group.mean)
+    assert "Bars" not in sweep_report(results).drawn[0].markup
 
 
 def test_a_recorded_quantity_can_be_the_axis(sweep_of: Sweep) -> None:
