@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from made_up_runs import result, write_run
 from small_runs import ROOT, benchmark_of
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
@@ -53,10 +54,25 @@ def test_curves_are_drawn_beside_their_metrics(
     monkeypatch.setattr(sys, "argv", ["curves", str(metrics)])
     benchmark_of("curves").main()
 
-    for quantity in ("accuracy", "epsilon"):
+    for quantity in ("accuracy", "loss", "epsilon"):
         drawn = f"{name}_{quantity}.svg"
         assert (tmp_path / drawn).read_text().startswith("<svg ")
         assert (ROOT / "benchmarks" / "results" / drawn).is_file()
+    assert not (tmp_path / f"{name}_classes.svg").exists()
+
+
+def test_classes_of_a_run_directory_are_drawn_with_its_curves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = write_run(tmp_path / "run", report=result())
+    monkeypatch.setattr(sys, "argv", ["curves", str(run)])
+    benchmark_of("curves").main()
+
+    assert {path.name for path in run.glob("*.svg")} == {
+        f"metrics_{name}.svg" for name in ("accuracy", "loss", "epsilon", "classes")
+    }
+    assert "owl" not in (run / "metrics_classes.svg").read_text()  # has no examples
+    assert "dog" in (run / "metrics_classes.svg").read_text()
 
 
 @pytest.mark.parametrize("network", ["wrn16-4", "wrn28-10"])
