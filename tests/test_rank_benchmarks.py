@@ -99,11 +99,15 @@ def test_ranks_that_fail_end_the_measurement() -> None:
 
 
 @pytest.mark.distributed
+@pytest.mark.parametrize("network", ["wide_resnet", "nf_resnet"])
 def test_ranks_are_found_equal_to_one_process(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    network: str,
 ) -> None:
     saved = tmp_path / "equality.json"
-    arguments = ["--ranks", "2", "--steps", "2", "--networks", "wide_resnet"]
+    arguments = ["--ranks", "2", "--steps", "2", "--networks", network]
     arguments += ["--device", "cpu", "--save", str(saved)]
     monkeypatch.setattr(sys, "argv", ["equality", *arguments])
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # until the end

@@ -88,9 +88,10 @@ def _sharded(model: nn.Module, ranks: Ranks) -> nn.Module:
 
 
 def _blocks(module: nn.Module) -> Iterator[nn.Module]:
-    """Yields what networks here repeat: the members of `nn.Sequential`."""
+    """Yields what networks here repeat: the members of their lists of modules."""
+    lists = (nn.Sequential, nn.ModuleList)
     for child in module.children():
-        if isinstance(module, nn.Sequential) and not isinstance(child, nn.Sequential):
+        if isinstance(module, lists) and not isinstance(child, lists):
             yield child
         else:
             yield from _blocks(child)

@@ -7,11 +7,15 @@ from typing import Any
 import numpy as np
 import torch
 from rank_processes import Arrays, arrays, run_of_ranks, whole_state
+from torch.distributed.fsdp import FSDPModule
 from toy_runs import Rows, toy_run, with_draw
 
 import dpsgd.train
 from dpsgd.cli.signals import StopSignal
-from dpsgd.parallel import Ranks
+from dpsgd.config import ModelConfig
+from dpsgd.models import build_model, initialize
+from dpsgd.parallel import Ranks, laid_out
+from dpsgd.rng import RandomStreams
 from dpsgd.train import train_step
 
 Changes = dict[str, Any]
@@ -40,6 +44,16 @@ def noise_alone(ranks: Ranks, mode: str, num_idle: int) -> Arrays:
     run, state = toy_run(np.zeros((4, 7)), ranks=ranks, **options)
     train_step(with_draw(run, []), state)
     return arrays(run.layout.whole(state.params))
+
+
+def num_sharded_modules(ranks: Ranks, settings: Changes) -> int:
+    """How many modules of a network are gathered by themselves."""
+    config = ModelConfig(**settings)
+    model = build_model(config, image_shape=(3, 32, 32), num_classes=4)
+    initialize(model, RandomStreams.from_seed(0).generator("init"))
+    layout, _ = laid_out(model, ranks, "fsdp")
+    assert layout._owner is not None
+    return sum(isinstance(one, FSDPModule) for one in layout._owner.modules())
 
 
 def trained(

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -148,6 +149,24 @@ def test_runs_do_not_depend_on_ranks(
     assert sum(held) == (2 * whole if mode == "ddp" else whole)
     if mode == "fsdp":  # leaves with an odd number of rows are not cut in halves
         assert max(held) == pytest.approx(whole / 2, rel=0.05)
+
+
+NORM_FREE = {"normalization": "none", "skip_gain_init": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("settings", "num_blocks"),  # the stem of a norm-free network is one
+    [
+        ({"name": "wide_resnet", "depth": 16, "width": 1}, 3 * 2),
+        ({"name": "nf_resnet", "depth": 50, **NORM_FREE}, 1 + 3 + 4 + 6 + 3),
+    ],
+)
+def test_networks_are_sharded_block_by_block(
+    ranks: Groups, settings: dict[str, Any], num_blocks: int
+) -> None:
+    found = ranks(2)(scenarios.num_sharded_modules, settings)
+
+    assert found == [num_blocks + 1] * 2  # and all that is in no block
 
 
 def test_users_are_shared_like_examples(ranks: Groups, tmp_path: Path) -> None:
