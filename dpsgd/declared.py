@@ -8,6 +8,7 @@ from dpsgd.data import (
     PublicFacts,
     check_labels,
     declared_num_examples,
+    published_facts,
 )
 from dpsgd.errors import ConfigError, fault
 
@@ -15,7 +16,17 @@ __all__ = ["facts_of", "require_outputs", "with_classes"]
 
 
 def facts_of(config: Config, splits: DataSplits) -> PublicFacts:
-    """Returns the public facts of loaded data, whose size is declared, not counted."""
+    """Returns the public facts of loaded data, whose size is declared, not counted.
+
+    Raises:
+        ConfigError: No size is declared, or a data set of that name is published with
+            another number of classes.
+    """
+    published, held = published_facts(config.data), len(splits.train.class_names)
+    if published is not None and held not in (0, len(published.class_names)):
+        rule = f"has {len(published.class_names)} classes, and the files have {held}"
+        remedy = "give the data that it names, or remove it and declare num_examples"
+        raise ConfigError(fault("data.name", config.data.name, rule, remedy))
     if config.privacy.unit == "user":
         size = config.data.num_users
         assert size is not None  # the loader sees to it

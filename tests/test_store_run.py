@@ -12,7 +12,7 @@ from PIL import Image
 from small_runs import dpsgd_eval, dpsgd_train, read_lines, start, write_config
 
 from dpsgd.cli import audit, prepare
-from dpsgd.errors import CheckpointError
+from dpsgd.errors import CheckpointError, ConfigError
 from dpsgd.train import train
 
 SHADES = {"blue": (40, 40, 200), "green": (40, 200, 40), "red": (200, 40, 40)}
@@ -169,3 +169,8 @@ def test_faults_of_a_store_are_told_without_a_traceback(
     told = capsys.readouterr().err
     assert "has a wrong checksum: the image is damaged; copy the store again" in told
     assert "Traceback" not in told
+
+
+def test_other_classes_than_those_of_the_named_set_are_refused(stores: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data\.name=imagenet: has 1000 classes"):
+        start(stores / "checkpoints", changes(stores, data__name="imagenet"))
