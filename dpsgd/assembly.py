@@ -96,6 +96,8 @@ def assemble(
         check_same_run(checkpoint, identity)
         config = with_microbatch_size(config, checkpoint)
     plan = _plan(config, splits, checkpoint, ranks)
+    if plan.device.index is not None:  # kernels run on the current device
+        torch.cuda.set_device(plan.device)
     feed = feed_of(config, splits.train)
     arithmetic = arithmetic_of(
         plan, config, features=feed.features, decoder=feed.decoder, num_ranks=ranks.size
