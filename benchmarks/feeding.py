@@ -157,6 +157,7 @@ def main() -> None:
     parser.add_argument("--save", type=Path)
     arguments = parser.parse_args()
     name = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    torch.backends.cudnn.benchmark = True
     with tempfile.TemporaryDirectory() as path:
         folder = Path(path)
         images = photographs(None, arguments.count)

@@ -18,8 +18,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,11 @@ from safetensors.torch import load_file, save_file
 from dpsgd.assembly import assemble
 from dpsgd.checkpoint import CheckpointStore
 from dpsgd.config import load_config
+from dpsgd.data import LoadAhead
 from dpsgd.errors import ConfigError, UserError, fault
 from dpsgd.parallel import Layout, joined
 from dpsgd.report import to_json
-from dpsgd.train import train_step
+from dpsgd.train import Run, TrainState, train_step
 
 WARM_UPS = 2
 MIB = 2**20
@@ -81,6 +83,18 @@ def time_communication(watch: Watch) -> None:
     Layout.total, Layout.gathered = timed_total, timed_gathered  # type: ignore[method-assign]
 
 
+def ahead_of(run: Run, state: TrainState) -> Callable[[], None]:
+    """Returns what takes a step, and begins the next one as training does."""
+    ahead = LoadAhead(run.load_views)
+    run = replace(run, load_views=ahead)
+
+    def take() -> None:
+        train_step(run, state)
+        ahead.begin(run.sampler.draw(state.step), state.step)
+
+    return take
+
+
 def work(arguments: argparse.Namespace) -> None:
     """Is one rank: takes the steps, and leaves what it measured in the folder."""
     config = load_config(arguments.config, arguments.set)
@@ -88,14 +102,17 @@ def work(arguments: argparse.Namespace) -> None:
     with joined(config) as ranks:
         store = CheckpointStore(folder / "checkpoints", keep=1)  # nothing is saved
         run, state, plan = assemble(config, store=store, ranks=ranks)
+        take = ahead_of(run, state)
         for _ in range(WARM_UPS):
-            train_step(run, state)
+            take()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
         time_communication(watch)
         ranks.meet()
         whole = Watch()
         with whole.running():
             for _ in range(steps):
-                train_step(run, state)
+                take()
         trees = [state.params, state.ema or {}, state.optimizer.momenta() or {}]
         held = sum(leaf.nbytes for tree in trees for leaf in tree.values())
         peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -132,6 +149,7 @@ def launch(command: list[str], size: int) -> None:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": port,
         "WORLD_SIZE": str(size),
+        "LOCAL_WORLD_SIZE": str(size),
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join(sys.path),
     }
