@@ -95,10 +95,12 @@ class Feed:
     def _smaller_microbatch(self, plan: Plan) -> int | None:
         """Returns a size that the last microbatch of a draw may have as well."""
         # A draw ends, on average, half a microbatch early. Two sizes are worth
-        # recording; but for secure noise no example's gradient may depend on how many
-        # are drawn.
-        is_recorded = execution_of(self.config, plan) == "cuda_graph"
-        if not is_recorded or self.config.privacy.noise != "standard":
+        # recording, and tuning a GPU's kernels for; but for secure noise no example's
+        # gradient may depend on how many are drawn.
+        execution = execution_of(self.config, plan)
+        is_eager_on_gpu = plan.device.type == "cuda" and execution == "eager"
+        has_two = execution == "cuda_graph" or is_eager_on_gpu
+        if not has_two or self.config.privacy.noise != "standard":
             return None
         return math.ceil(plan.microbatch_size / 2)
 
