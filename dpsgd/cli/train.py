@@ -1,15 +1,19 @@
 """`bin/dpsgd-train`: read settings, show the plan, train, leave a report."""
 
 import argparse
+import os
 import resource
 import sys
 import time
-from collections.abc import Sequence
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from rich.console import Console
 
 from dpsgd.assembly import assemble, plan_of
@@ -69,7 +73,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 when trained, 2 when something given is at fault, 130 or 143 when stopped by
         SIGINT or SIGTERM with a checkpoint written.
     """
-    return exit_code(lambda: _run(_parse(argv)))
+    try:
+        code = exit_code(lambda: _run(_parse(argv)))
+    except BaseException:
+        if not dist.is_initialized():
+            raise
+        traceback.print_exc()
+        code = 1
+    if dist.is_initialized():  # this rank failed; leaving, NCCL would wait for others
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -137,7 +152,8 @@ def _train(
         ranks=ranks,
     )
     if not ranks.is_first:
-        return _follow(run, state)
+        with _memory_fault_told(plan):
+            return _follow(run, state)
     if not resumes:
         directory.create(config_to_dict(with_absolute_paths(config)))
         _record_plan(directory, config, plan)
@@ -183,20 +199,10 @@ def _train_locked(
     metrics = MetricsWriter(directory.metrics, from_step=state.step)
     progress = ProgressView(console, num_steps=run.ledger.max_steps, step=state.step)
     observer = _Recorder(metrics, progress)
-    try:
-        with stop, progress:
-            outcome = train(
-                run, state, [observer], stop_requested=partial(stop.agreed, run.ranks)
-            )
-    except RuntimeError as error:
-        if not _is_out_of_memory(error):
-            raise
-        size = plan.microbatch_size
-        rule = f"does not fit in the memory of {plan.device}"
-        remedy = f"set it to {max(1, size // 2)} or less; go on with --resume"
-        raise ConfigError(
-            fault("runtime.microbatch_size", size, rule, remedy)
-        ) from error
+    with _memory_fault_told(plan), stop, progress:
+        outcome = train(
+            run, state, [observer], stop_requested=partial(stop.agreed, run.ranks)
+        )
     if outcome == "interrupted":
         console.print(
             f"stopped after step {state.step}, checkpoint written; go on with\n"
@@ -208,6 +214,22 @@ def _train_locked(
     assert observer.evaluation is not None  # the last step is always evaluated
     _leave(console, directory, run, state, observer.evaluation, outcome)
     return 0
+
+
+@contextmanager
+def _memory_fault_told(plan: Plan) -> Iterator[None]:
+    """Names the setting by which memory that ran out can be spared."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not _is_out_of_memory(error):
+            raise
+        size = plan.microbatch_size
+        rule = f"does not fit in the memory of {plan.device}"
+        remedy = f"set it to {max(1, size // 2)} or less; go on with --resume"
+        raise ConfigError(
+            fault("runtime.microbatch_size", size, rule, remedy)
+        ) from error
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
@@ -298,6 +320,7 @@ def _leave(
 
 def _final_weights(run: Run, state: TrainState) -> Params:
     """Returns the weights that may be released, which all ranks put together."""
+    run.ranks.meet()  # the first writes its report before
     weights = {}
     for group, leaves in (("last", state.params), ("ema", state.ema or {})):
         for name, leaf in run.layout.whole(leaves).items():

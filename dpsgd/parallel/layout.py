@@ -39,6 +39,7 @@ class Layout:
         self.ranks = ranks
         self._shapes = dict(shapes)
         self._owner = owner
+        self._has_summed = False
         self._sharded = {
             name for name, shape in shapes.items() if owner is not None and shape
         }
@@ -135,6 +136,9 @@ class Layout:
         """
         if self.ranks.mesh is None:
             return clipped_sum
+        if not self._has_summed:  # kernels were compiled: no rank is late for that
+            self.ranks.meet()
+            self._has_summed = True
         with self.ranks.exchanging("sum of clipped gradients"):
             # Every rank must take the leaves in the same order.
             return {

@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import os
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,7 +28,13 @@ from dpsgd.errors import ConfigError, RankError, fault
 
 __all__ = ["Ranks", "joined"]
 
-_TIMEOUT: Final = timedelta(seconds=30)  # of one exchange within steps
+# Of one exchange within steps: less than the 30 s after which torchrun kills a rank
+# that waits for one it has lost, so that there is time to say so.
+_TIMEOUT: Final = timedelta(seconds=25)
+# NCCL's own counts from when an exchange is asked for, maybe long before the device has
+# taken the passes before it.
+_NCCL_TIMEOUT: Final = timedelta(minutes=10)
+_POLL_SECONDS: Final = 1e-4
 _PATIENCE: Final = timedelta(hours=1)  # for data to be read, and files to be written
 _REMEDY = "start all ranks alike, with torchrun"
 
@@ -54,6 +61,7 @@ class Ranks:
     mesh: Any = None
     _store: Any = None
     _meetings: int = 0
+    _own_work: Any = None  # a CUDA event before the first exchange not waited for
 
     @property
     def is_first(self) -> bool:
@@ -79,6 +87,7 @@ class Ranks:
         with self.exchanging("sum of counts"):
             result = values.to(self.device, copy=True)
             dist.all_reduce(result, dist.ReduceOp.SUM)
+            self._wait()
             return result.to(values.device)
 
     def largest(self, value: int) -> int:
@@ -88,6 +97,7 @@ class Ranks:
         with self.exchanging("request or fault of any rank"):
             result = torch.tensor(value, device=self.device)
             dist.all_reduce(result, dist.ReduceOp.MAX)
+            self._wait()
             return int(result)
 
     def any(self, holds: bool) -> bool:
@@ -158,6 +168,8 @@ class Ranks:
         Raises:
             RankError: A connection broke, or nothing came in time.
         """
+        if self.device.type == "cuda" and self._own_work is None:
+            self._own_work = _recorded_event()
         try:
             yield
         except torch.OutOfMemoryError:
@@ -167,6 +179,27 @@ class Ranks:
             rule = f"rank {self.rank} lost another one in the {what} ({reason})"
             remedy = "see its own message; go on with --resume, or torchrun's restarts"
             raise RankError(fault("ranks", self.size, rule, remedy)) from error
+
+    def _wait(self) -> None:
+        """Waits until the device has taken part in all exchanges asked for.
+
+        NCCL takes part when the device comes to it, and then waits for a lost rank
+        without a word, so the clock is ours, and runs once all before it is done.
+
+        Raises:
+            RuntimeError: Nothing came in time.
+        """
+        if self.device.type != "cuda":
+            return
+        exchanges = _recorded_event()
+        while self._own_work is not None and not self._own_work.query():
+            time.sleep(_POLL_SECONDS)
+        self._own_work = None
+        latest = time.monotonic() + _TIMEOUT.total_seconds()
+        while not exchanges.query():
+            if time.monotonic() > latest:
+                raise RuntimeError(f"nothing came in {_TIMEOUT.total_seconds():.0f} s")
+            time.sleep(_POLL_SECONDS)
 
     def _from_all(self, value: Any) -> list[Any]:
         """Returns what every rank says, JSON values in the order of ranks."""
@@ -178,6 +211,7 @@ class Ranks:
         texts = [torch.empty_like(mine) for _ in range(self.size)]
         with self.exchanging("exchange of settings"):
             dist.all_gather(texts, mine)
+            self._wait()
         return [json.loads(bytes(one.tolist())) for one in texts]
 
 
@@ -185,7 +219,9 @@ class Ranks:
 def joined(config: Config) -> Iterator[Ranks]:
     """Joins the ranks that torchrun started, for as long as the context lasts.
 
-    Without torchrun, and with one process, the run is one of one rank.
+    Without torchrun, and with one process, the run is one of one rank. If an exception
+    leaves the context on a GPU, the process group stays, because NCCL would wait in it
+    for ranks that may not come: the process should end by `os._exit`.
 
     Args:
         config: Says how ranks work together, and where.
@@ -202,8 +238,12 @@ def joined(config: Config) -> Iterator[Ranks]:
         yield Ranks()
         return
     on_gpu = runtime.device != "cpu" and torch.cuda.is_available()
-    device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    device = torch.device("cpu")
     if on_gpu:
+        named = torch.device("cuda" if runtime.device == "auto" else runtime.device)
+        device = torch.device(
+            "cuda", local_rank if named.index is None else named.index
+        )
         torch.cuda.set_device(device)
     ranks = Ranks(size=size, local_rank=local_rank, device=device)
     with contextlib.ExitStack() as stack:
@@ -214,12 +254,24 @@ def joined(config: Config) -> Iterator[Ranks]:
                 store=ranks._store,
                 rank=ranks.rank,
                 world_size=size,
-                timeout=_TIMEOUT,
+                timeout=_NCCL_TIMEOUT if on_gpu else _TIMEOUT,
                 device_id=device if on_gpu else None,
             )
             stack.callback(dist.destroy_process_group)
         ranks.mesh = init_device_mesh(device.type, (size,))
-        yield ranks
+        try:
+            yield ranks
+        except BaseException:
+            if on_gpu:
+                stack.pop_all()
+            raise
+
+
+def _recorded_event() -> Any:
+    """Returns an event that comes when the device has done all it was given."""
+    event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record()
+    return event
 
 
 def _introduced(size: int) -> tuple[int, Any]:

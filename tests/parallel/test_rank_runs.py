@@ -29,7 +29,7 @@ SMALL = {
     "optimizer.momentum": 0.9,
 }
 WHERE = [("none", 1), ("ddp", 2), ("fsdp", 1), ("fsdp", 4)]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 
 
 def assert_equal(one: Arrays, two: Arrays) -> None:
@@ -197,11 +197,11 @@ def test_more_ranks_than_devices_are_refused(monkeypatch: pytest.MonkeyPatch) ->
 def torchrun(*arguments: str | Path, **options: Any) -> Any:
     """Runs a command on two ranks."""
     return subprocess.run(
-        [*TORCHRUN, *map(str, arguments)],
+        [*TORCHRUN, "--nproc-per-node=2", *map(str, arguments)],
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=300,
         cwd=ROOT,
         env={
             **os.environ,
@@ -255,8 +255,28 @@ def test_a_run_that_loses_a_gpu_goes_on_by_itself(tmp_path: Path) -> None:
     done = torchrun("--max-restarts=1", script, config, "--run-dir", tmp_path / "run")
 
     assert done.returncode == 0, done.stderr
+    # NCCL itself would wait without a word until torchrun kills the rank.
+    assert "rank 0 lost another one in the" in done.stderr
     assert f"exitcode: -{int(signal.SIGKILL)}" in done.stderr
     assert [line["step"] for line in read_lines(tmp_path / "run/metrics.jsonl")] == [4]
+
+
+@pytest.mark.parametrize(
+    "device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu(2))]
+)
+def test_a_rank_that_fails_says_why_and_ends_the_others(
+    tmp_path: Path, device: str
+) -> None:
+    changes = {**SMALL, "runtime.parallel": "ddp", "runtime.device": device}
+    config = write_config(tmp_path, changes)
+    script = ROOT / "tests" / "parallel" / "dying_train.py"
+    started = time.monotonic()
+    done = torchrun(script, "fails", config, "--run-dir", tmp_path / "run")
+
+    assert done.returncode != 0
+    assert time.monotonic() - started < 90
+    assert "data.train=...: row 3 does not decode; mend it" in done.stderr
+    assert "exitcode  : 2" in done.stderr
 
 
 def test_a_restarted_process_leaves_the_runs_of_others_alone(
