@@ -5,7 +5,8 @@ for the norm, a path of its own that is kept in the cache.
 `TRITON_INTERPRET=1` runs the kernels on a CPU too.
 """
 
-from dpsgd.kernels.bias_activation import Activation, activation, bias_activation
+from dpsgd.kernels.activations import Activation, activation
+from dpsgd.kernels.bias_activation import bias_activation
 from dpsgd.kernels.clip_accumulate import clip_accumulate_
 from dpsgd.kernels.fused_norm import sum_relu_group_norm
 from dpsgd.kernels.gaussian_noise import add_gaussian_noise_

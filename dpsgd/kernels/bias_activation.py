@@ -5,25 +5,25 @@ anyway, and adds it up over the positions of each, so that per-sample gradients 
 bias cost nothing extra.
 """
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
+from dpsgd.kernels.activations import Activation, activation, activation_backward
 from dpsgd.kernels.dispatch import fold, require_unbatched, runs_on_triton
 from dpsgd.kernels.tape import active_tape, leaf_grad
 
 try:
     import triton
     import triton.language as tl
+
+    from dpsgd.kernels.activations import activated, before_activation
 except ImportError:  # torch for CPU and macOS comes without triton
     triton = None
 
 __all__ = [
-    "Activation",
-    "activation",
     "bias_activation",
     "bias_activation_backward_reference",
     "bias_activation_backward_triton",
@@ -31,17 +31,10 @@ __all__ = [
     "bias_activation_triton",
 ]
 
-Activation = Literal["relu", "gelu"]
-
 _ELEMENTS = 8192  # that a program takes at a time
 _CHANNELS = 64  # of an image, for a program of the backward pass: a cache line
 _SPAN = 2048  # positions of an image, for one program of the backward pass
 _NUM_WARPS = 8
-
-
-def activation(x: Tensor, kind: Activation) -> Tensor:
-    """Returns ReLU, or GELU by its tanh form, in the type of `x`."""
-    return F.relu(x) if kind == "relu" else F.gelu(x, approximate="tanh")
 
 
 def bias_activation(x: Tensor, bias: Tensor, kind: Activation) -> Tensor:
@@ -151,11 +144,10 @@ def bias_activation_backward_reference(
         (N, C, H, W) in the type of `kept`; (N, C) float32 or wider.
     """
     wide = torch.promote_types(kept.dtype, torch.float32)
-    if kind == "relu":
-        grad = torch.ops.aten.threshold_backward(grad_y.to(wide), kept.to(wide), 0)
-    else:
-        value = kept.to(wide) + bias.to(wide).view(-1, 1, 1)
-        grad = torch.ops.aten.gelu_backward(grad_y.to(wide), value, approximate="tanh")
+    value = kept.to(wide)
+    if kind == "gelu":
+        value = value + bias.to(wide).view(-1, 1, 1)
+    grad = activation_backward(grad_y.to(wide), value, kind)
     return grad.to(kept.dtype), grad.sum((2, 3))
 
 
@@ -226,10 +218,7 @@ if triton is not None:
         channel = ((first % C).to(tl.int32) + tl.arange(0, BLOCK)) % C
         value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
         value += tl.load(bias + channel, mask=inside, other=0.0)
-        if KIND == "relu":
-            value = tl.maximum(value, 0.0, propagate_nan=tl.PropagateNan.ALL)
-        else:
-            value *= _half_of_gelu(value)
+        value = activated(value, KIND)
         tl.store(y + at, value.to(y.dtype.element_ty), mask=inside)
 
     @triton.jit
@@ -261,22 +250,10 @@ if triton is not None:
             at = (image * num_positions + position[:, None]) * C + channel[None, :]
             grad = tl.load(grad_y + at, mask=inside, other=0.0).to(tl.float32)
             value = tl.load(kept + at, mask=inside, other=0.0).to(tl.float32)
-            if KIND == "relu":
-                grad = tl.where(value <= 0, 0.0, grad)  # NaN passes
-            else:
+            if KIND == "gelu":  # of ReLU the output is kept
                 value += added
-                half = _half_of_gelu(value)
-                # Of the argument of the logistic function.
-                slope = 1.5957691216057308 * (1 + 0.134145 * value * value)
-                grad *= half + value * half * (1 - half) * slope
+            grad = before_activation(grad, value, KIND)
             total += tl.where(inside, grad, 0.0)
             tl.store(grad_x + at, grad.to(grad_x.dtype.element_ty), mask=inside)
         place = (part * (tl.num_programs(0) // BLOCKS) + image) * C + channel
         tl.store(rows + place, tl.sum(total, axis=0), mask=exists)
-
-    @triton.jit
-    def _half_of_gelu(value):
-        """Returns (1 + tanh(u)) / 2, which is the logistic function of 2u."""
-        return tl.sigmoid(
-            1.5957691216057308 * (value + 0.044715 * value * value * value)
-        )

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import grad, vmap
 
+from dpsgd.kernels import Activation
 from dpsgd.kernels import bias_activation as public
 from dpsgd.kernels.bias_activation import (
-    Activation,
     bias_activation_backward_reference,
     bias_activation_backward_triton,
     bias_activation_reference,
