@@ -16,6 +16,7 @@ from dpsgd.kernels import (
     clip_accumulate_,
     make_views,
     noisy_sgd_,
+    residual_activation,
     sum_relu_group_norm,
 )
 from dpsgd.kernels.conv_weight_grad import (
@@ -349,6 +350,37 @@ def biased(
     return build
 
 
+def block_end(
+    channels: int, shrunk: int, *, backward: bool = False
+) -> Callable[[Work], Case]:
+    """The sum of shortcut and scaled branch, and its ReLU."""
+
+    def build(work: Work) -> Case:
+        branch, shortcut = (
+            work.images(channels, shrunk).flatten(0, 1) for _ in range(2)
+        )
+        scale = work.normals(len(branch), 1)
+        leaves = [branch, shortcut, work.normals(channels), scale]
+
+        def forward(
+            branch: Tensor, shortcut: Tensor, bias: Tensor, scale: Tensor
+        ) -> Result:
+            return residual_activation(
+                shortcut,
+                branch,
+                shortcut_bias=None,
+                bias=bias,
+                scale=scale,
+                kind="relu",
+            )
+
+        return differentiable(
+            forward, leaves, backward=backward, num_images=6 if backward else 4
+        )
+
+    return build
+
+
 CASES: dict[str, Callable[[Work], Case]] = {
     "noise": gaussian_noise,
     "noise + SGD + average": noisy_sgd,
@@ -380,4 +412,6 @@ CASES: dict[str, Callable[[Work], Case]] = {
     "bias + ReLU, 64 at 32": biased(64, 1, "relu"),
     "bias + ReLU backward, 64 at 32": biased(64, 1, "relu", backward=True),
     "bias + GELU backward, 256 at 8": biased(256, 4, "gelu", backward=True),
+    "end of a block, 64 at 32": block_end(64, 1),
+    "end of a block backward, 64 at 32": block_end(64, 1, backward=True),
 }

@@ -84,7 +84,13 @@ WORK = {
     ),
 }
 SMALL = [name for name, work in WORK.items() if not work.is_large]
-OPERATORS = ("bias_activation", "fused_norm", "position_mean", "standardized_conv")
+OPERATORS = (
+    "bias_activation",
+    "fused_norm",
+    "position_mean",
+    "residual_activation",
+    "standardized_conv",
+)
 
 
 def never(_: Tensor) -> bool:

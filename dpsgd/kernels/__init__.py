@@ -15,6 +15,7 @@ from dpsgd.kernels.linear import linear
 from dpsgd.kernels.make_views import make_views
 from dpsgd.kernels.noisy_sgd import SGDStep, noisy_sgd_
 from dpsgd.kernels.position_mean import position_mean
+from dpsgd.kernels.residual_activation import residual_activation
 from dpsgd.kernels.standardized_conv import standardized_conv2d
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "make_views",
     "noisy_sgd_",
     "position_mean",
+    "residual_activation",
     "standardized_conv2d",
     "sum_relu_group_norm",
 ]

@@ -35,6 +35,10 @@ from dpsgd.kernels.relu_group_norm import (
     relu_group_norm_backward_triton,
     relu_group_norm_triton,
 )
+from dpsgd.kernels.residual_activation import (
+    residual_activation_backward_triton,
+    residual_activation_triton,
+)
 from dpsgd.kernels.weight_standardization import (
     standardize_triton,
     unstandardize_triton_,
@@ -125,6 +129,16 @@ def activations() -> None:
         bias_activation_backward_triton(y, y, bias, kind)
 
 
+def residual_activations() -> None:
+    bias, x = torch.zeros(96), images(2, 96, 64, 64)
+    for kind, width in (("relu", 1), ("gelu", 96)):
+        how = {"bias": bias, "scale": torch.zeros(2, width), "kind": kind}
+        for more in (None, bias):
+            residual_activation_triton(x, x, shortcut_bias=more, **how)
+        for grads in ((x, x), (x, None), (None, x)):
+            residual_activation_backward_triton(grads, x, x, **how)
+
+
 def standardizations() -> None:
     weight = torch.zeros(64, 3, 3, 64)
     effective, how = standardize_triton(weight, torch.zeros(64), NARROW)
@@ -168,6 +182,7 @@ def main() -> None:
     norms(64, 32, is_full=True)
     norms(16, 1, is_full=False)
     activations()
+    residual_activations()
     standardizations()
     updates()
     views()

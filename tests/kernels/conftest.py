@@ -12,6 +12,7 @@ OPERATORS = (
     "fused_norm",
     "position_mean",
     "relu_group_norm",
+    "residual_activation",
     "standardized_conv",
     "weight_standardization",
 )
