@@ -25,8 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dpsgd.config import ModelConfig
-from dpsgd.kernels import Activation, activation, position_mean
-from dpsgd.models.layers import Conv2d, Layer, Linear
+from dpsgd.kernels import Activation, position_mean, residual_activation
+from dpsgd.models.layers import Addends, Conv2d, Layer, Linear
 
 __all__ = [
     "GELU",
@@ -142,9 +142,9 @@ class SqueezeExcite(nn.Module):
         self.reduce = Linear(channels, hidden)
         self.expand = Linear(hidden, channels)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps (K, C, H, W) to weights (K, C) in (0, 2), float32 or wider."""
-        hidden = F.relu(self.reduce(position_mean(x)))
+    def forward(self, x: Addends) -> Tensor:
+        """Maps images (K, C, H, W) to weights (K, C) in (0, 2), float32 or wider."""
+        hidden = F.relu(self.reduce(position_mean(x.images, *x.biases)))
         return 2 * torch.sigmoid(self.expand(hidden))  # 2: about 1 when drawn
 
 
@@ -214,38 +214,51 @@ class NormFreeBlock(nn.Module):
             self.squeeze_excite = SqueezeExcite(out_channels, hidden=hidden)
         self.skip_gain = SkipGain(skip_gain_init)
 
-    def forward(self, x: Tensor, uniforms: Tensor | None) -> Tensor:
-        """Maps (K, I, H, W) to (K, O, H/stride, W/stride).
+    def forward(
+        self, x: Tensor, active: Tensor, uniforms: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Maps images (K, I, H, W) and their activation to those of the next block.
 
         Args:
-            x: Images.
+            x: Images; a block that projects does not read them.
+            active: Their activation, not scaled.
             uniforms: (K,) in [0, 1): the branch is left out where below `drop_rate`;
                 None leaves it out nowhere.
-        """
-        active = activation(x, self._activation)
-        shortcut = x
-        if self.projection is not None:
-            halved = active
-            if self._pools:
-                halved = F.avg_pool2d(
-                    active, 2, 2, ceil_mode=True, count_include_pad=False
-                )
-            shortcut = self.projection(halved).total()
-        first, *others = self.branch
-        addends = first(active)
-        for conv in others:
-            addends = conv(addends.activated(self._activation))
-        y = addends.total()
-        return torch.addcmul(shortcut, y, self._factor(y, uniforms).to(y.dtype))
 
-    def _factor(self, y: Tensor, uniforms: Tensor | None) -> Tensor:
-        """Returns (1 or K, 1 or O, 1, 1), by which the branch is multiplied."""
-        factor = (self.alpha * self.skip_gain.value).view(1, 1)
+        Returns:
+            Both (K, O, H/stride, W/stride).
+        """
+        shortcut = self._shortcut(x, active)
+        first, *others = self.branch
+        y = first(active)
+        for conv in others:
+            y = conv(y.activated(self._activation))
+        return residual_activation(
+            shortcut.images,
+            y.images,
+            shortcut_bias=shortcut.biases[0] if shortcut.biases else None,
+            bias=y.biases[0],
+            scale=self._scale(y, uniforms),
+            kind=self._activation,
+        )
+
+    def _shortcut(self, x: Tensor, active: Tensor) -> Addends:
+        """Returns the images, or their projected activation, (K, O, ...)."""
+        if self.projection is None:
+            return Addends(x)
+        if self._pools:
+            active = F.avg_pool2d(active, 2, 2, ceil_mode=True, count_include_pad=False)
+        shortcut: Addends = self.projection(active)
+        return shortcut
+
+    def _scale(self, y: Addends, uniforms: Tensor | None) -> Tensor:
+        """Returns (1 or K, 1 or O), by which the branch is multiplied."""
+        scale = (self.alpha * self.skip_gain.value).view(1, 1)
         if self.squeeze_excite is not None:
-            factor = factor * self.squeeze_excite(y)  # (K, O)
+            scale = scale * self.squeeze_excite(y)  # (K, O)
         if uniforms is not None and self.drop_rate > 0:
-            factor = factor * (uniforms >= self.drop_rate)[:, None]
-        return factor[:, :, None, None]
+            scale = scale * (uniforms >= self.drop_rate)[:, None]
+        return scale
 
 
 class NormFreeNetwork(nn.Module):
@@ -364,17 +377,15 @@ class NormFreeNetwork(nn.Module):
         addends = first(x.to(self.compute_dtype))
         for conv in others:
             addends = conv(addends.activated(kind))
-        x = addends.total()
-        if self.design.stem_pools:
-            x = self._max_pooled(x)
+        if self.design.stem_pools:  # a maximum is that of the sum, without its bias
+            addends = addends._replace(images=self._max_pooled(addends.images))
+        x = active = addends.activated(kind)  # the first block projects, and reads no x
         blocks = [block for stage in self.stages for block in stage.children()]
         for index, block in enumerate(blocks):
-            x = block(x, None if uniforms is None else uniforms[:, index])
-        active = (
-            activation(x, kind)
-            if self.head_conv is None
-            else self.head_conv(x).activated(kind)
-        )
+            draws = None if uniforms is None else uniforms[:, index]
+            x, active = block(x, active, draws)
+        if self.head_conv is not None:
+            active = self.head_conv(x).activated(kind)
         features = constant * position_mean(active)
         return self.classifier(features)  # type: ignore[no-any-return]
 

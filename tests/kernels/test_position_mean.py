@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.func import grad, vmap
 
 from dpsgd.kernels import position_mean
-from dpsgd.kernels.tape import Tape
+from dpsgd.kernels.tape import RowsRecord, Tape
 
 
 def images(dtype: torch.dtype) -> Tensor:
@@ -48,3 +48,28 @@ def test_gradient_takes_no_memory_of_its_own() -> None:
         (found,) = torch.autograd.grad(position_mean(x).sum(), x)
 
     assert found.stride()[-2:] == (0, 0)
+
+
+def test_a_bias_may_be_added_to_the_mean() -> None:
+    x, bias = images(torch.float32), torch.randn(5)
+
+    def loss(x: Tensor, bias: Tensor) -> Tensor:
+        return position_mean(x, bias).square().sum()
+
+    def by_definition(x: Tensor, bias: Tensor) -> Tensor:
+        return plain_mean(x + bias.view(-1, 1, 1)).square().sum()
+
+    found, expected = (
+        vmap(grad(one, argnums=(0, 1)), (0, None))(x, bias)
+        for one in (loss, by_definition)
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    leaf = bias.requires_grad_()
+    with Tape() as tape:
+        y = vmap(position_mean, (0, None))(x, leaf)
+        (none,) = torch.autograd.grad(y.square().sum(), leaf, allow_unused=True)
+    (record,) = tape.records
+    assert none is None
+    assert isinstance(record, RowsRecord)
+    per_example = record.grads.unflatten(0, (3, 2)).sum(1)
+    torch.testing.assert_close(per_example, expected[1], rtol=1e-5, atol=1e-6)
