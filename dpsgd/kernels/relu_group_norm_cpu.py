@@ -34,16 +34,21 @@ def relu_group_norm_cpu(
     outputs = tuple(torch.empty_like(x, memory_format=layout) for _ in affines)
     total = None if residual is None else torch.empty_like(x, memory_format=layout)
     mean, rstd = (x.new_empty(len(x), num_groups, dtype=wide) for _ in range(2))
+    # Not every version of torch reads strides here.
+    wide_affines = [
+        (scale.to(wide).contiguous(), shift.to(wide).contiguous())
+        for scale, shift in affines
+    ]
     for few in _few_at_a_time(x):
         value = _biased(x[few], bias, wide)
         if residual is not None and total is not None:
             torch.add(value, residual[few].to(wide), out=total[few])
             value = total[few].to(wide)
-        active = F.relu(value)
+        active = F.relu(value).contiguous(memory_format=layout)
         sizes = (len(active), active.shape[1], active[0, 0].numel(), num_groups)
-        for output, (scale, shift) in zip(outputs, affines, strict=True):
+        for output, (scale, shift) in zip(outputs, wide_affines, strict=True):
             output[few], mean[few], rstd[few] = torch.native_group_norm(
-                active, scale.to(wide), shift.to(wide), *sizes, eps
+                active, scale, shift, *sizes, eps
             )
     return outputs, total, mean, rstd
 

@@ -216,7 +216,9 @@ class ActivationNorm(Layer):
         total = x.total()
         wide = torch.promote_types(total.dtype, torch.float32)
         scale, shift = self.weight.to(wide), self.bias.to(wide)
-        y = F.group_norm(total.to(wide), self.num_groups, scale, shift, _GROUP_NORM_EPS)
+        # Before torch 2.12 vmap takes no other layout here.
+        x_wide = total.to(wide).contiguous()
+        y = F.group_norm(x_wide, self.num_groups, scale, shift, _GROUP_NORM_EPS)
         return F.relu(y).to(total.dtype)
 
 

@@ -80,6 +80,12 @@ def name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+@pytest.fixture
+def place(name: str, kernel_device: torch.device) -> torch.device:
+    """Where an implementation runs: that of the CPU takes no other images."""
+    return torch.device("cpu") if name == "cpu" else kernel_device
+
+
 def inputs_of(shape: Shape, addends: Addends, device: torch.device) -> Inputs:
     generator = torch.Generator().manual_seed(sum(shape))
 
@@ -182,9 +188,9 @@ def assert_near(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize(("shape", "addends"), CASES, ids=str)
 def test_outputs_and_gradients_of_each_image_are_those_of_autograd(
-    shape: Shape, addends: Addends, name: str, kernel_device: torch.device
+    shape: Shape, addends: Addends, name: str, place: torch.device
 ) -> None:
-    inputs = inputs_of(shape, addends, kernel_device)
+    inputs = inputs_of(shape, addends, place)
 
     assert_near(
         by_operators(inputs, shape.num_groups, name),
@@ -257,10 +263,8 @@ def test_programs_take_some_of_the_groups(
     )
 
 
-def test_one_image_never_reaches_another(
-    name: str, kernel_device: torch.device
-) -> None:
-    inputs = inputs_of(SHAPES[0], FULL, kernel_device)
+def test_one_image_never_reaches_another(name: str, place: torch.device) -> None:
+    inputs = inputs_of(SHAPES[0], FULL, place)
     expected = by_operators(inputs, 16, name)
     inputs.x[0], inputs.grads_y[0][2] = math.nan, math.nan
     found = by_operators(inputs, 16, name)
@@ -270,8 +274,8 @@ def test_one_image_never_reaches_another(
     assert not found["grad_shift_0"][2].isfinite().any()  # and the bad one is seen
 
 
-def test_nan_passes_through(name: str, kernel_device: torch.device) -> None:
-    inputs = inputs_of(SHAPES[1], FULL, kernel_device)
+def test_nan_passes_through(name: str, place: torch.device) -> None:
+    inputs = inputs_of(SHAPES[1], FULL, place)
     inputs.x[0] = math.nan
     found = by_operators(inputs, 16, name)
 
@@ -281,10 +285,10 @@ def test_nan_passes_through(name: str, kernel_device: torch.device) -> None:
 
 
 def test_statistics_of_bfloat16_images_are_float32(
-    name: str, kernel_device: torch.device
+    name: str, place: torch.device
 ) -> None:
-    x = torch.randn(2, 16, 8, 8, device=kernel_device).bfloat16()
-    affines = ((torch.ones(16).to(kernel_device), torch.zeros(16).to(kernel_device)),)
+    x = torch.randn(2, 16, 8, 8, device=place).bfloat16()
+    affines = ((torch.ones(16).to(place), torch.zeros(16).to(place)),)
     forward, _ = RUNS[name]
     (y,), _, mean, rstd = forward(x, None, None, affines, num_groups=4, eps=EPS)
     (wide,), _, *statistics = relu_group_norm_reference(
@@ -300,9 +304,9 @@ def test_statistics_of_bfloat16_images_are_float32(
 
 
 def test_what_is_normalized_is_the_sum_as_it_is_returned(
-    name: str, kernel_device: torch.device
+    name: str, place: torch.device
 ) -> None:
-    inputs = inputs_of(SHAPES[1], FULL, kernel_device)
+    inputs = inputs_of(SHAPES[1], FULL, place)
     forward, _ = RUNS[name]
     assert inputs.residual is not None
     _, total, mean, rstd = forward(
@@ -325,9 +329,9 @@ def test_what_is_normalized_is_the_sum_as_it_is_returned(
 
 
 def test_gradients_of_bfloat16_images_are_summed_in_float32(
-    name: str, kernel_device: torch.device
+    name: str, place: torch.device
 ) -> None:
-    inputs = inputs_of(SHAPES[0], FULL, kernel_device)
+    inputs = inputs_of(SHAPES[0], FULL, place)
     narrow = inputs._replace(
         x=inputs.x.bfloat16(),
         residual=None,
