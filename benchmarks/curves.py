@@ -1,6 +1,6 @@
 """The curves of a metrics.jsonl as SVG files beside it, drawn as reports draw them.
 
-    python benchmarks/curves.py benchmarks/results/cifar10_wrn16-4_eps8_h100.jsonl
+    python benchmarks/curves.py benchmarks/results/cifar10_wrn16-4_eps1_h100.jsonl
 
 Each file follows the colour scheme of whoever looks at it. Of a run directory, or where
 a report.json lies beside the metrics, accuracy by class is drawn as well.

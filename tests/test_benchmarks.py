@@ -48,7 +48,7 @@ def test_every_operator_is_timed_and_right(
 def test_curves_are_drawn_beside_their_metrics(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    name = "cifar10_wrn16-4_eps8_h100"
+    name = "cifar10_wrn16-4_eps1_h100"
     metrics = tmp_path / f"{name}.jsonl"
     shutil.copy(ROOT / "benchmarks" / "results" / metrics.name, metrics)
     monkeypatch.setattr(sys, "argv", ["curves", str(metrics)])

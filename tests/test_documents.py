@@ -103,7 +103,7 @@ def test_every_cifar10_setting_of_the_paper_is_shipped() -> None:
 def test_the_name_of_a_config_tells_its_settings(path: Path) -> None:
     network = r"_wrn(?P<depth>\d+)-(?P<width>\d+)"
     tuned = r"(?P<from>_finetune|_imagenet32_(?P<trained>all|classifier))?"
-    private = rf"(?P<data>cifar10|cifar100){network}{tuned}_eps(?P<eps>\d)"
+    private = rf"(?P<data>cifar10|cifar100){network}{tuned}_eps(?P<eps>\d)(_beyond)?"
     public = rf"pretrain_(?P<data>[\w-]+){network}"
     found = re.fullmatch(private, path.stem) or re.fullmatch(public, path.stem)
     config = load_config(path)
@@ -243,6 +243,24 @@ def test_each_step_beyond_the_paper_changes_what_it_names(name: str) -> None:
         {"data.augmentation_multiplicity"},
         {"data.mixed_views"},
     ]
+
+
+def test_the_run_beyond_the_paper_is_a_step_of_its_sweep() -> None:
+    name = "cifar10_wrn16-4_eps8"
+    sweep = read_sweep(ROOT / "configs" / "sweeps" / "cifar10_beyond.yaml")
+    (step,) = [run for run in sweep.runs if run.label == "+ falling rate"]
+    paper, beyond, run = (
+        load_config(path)
+        for path in (
+            ROOT / "configs" / f"{name}.yaml",
+            ROOT / "configs" / f"{name}_beyond.yaml",
+            ROOT / "benchmarks" / "results" / f"{name}_beyond_h200" / "config.yaml",
+        )
+    )
+
+    assert beyond == step.config != paper
+    for section in ("model", "privacy", "optimizer", "ema", "train"):
+        assert getattr(run, section) == getattr(beyond, section)
 
 
 def test_the_steps_beyond_the_paper_are_simulated_with_their_noise() -> None:
