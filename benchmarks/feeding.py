@@ -91,9 +91,15 @@ def seconds(run: Callable[[], object]) -> float:
 
 
 def measure(
-    folder: Path, name: str, *, batches: int, workers: int, device: torch.device
+    folder: Path,
+    name: str,
+    *,
+    batches: int,
+    workers: int,
+    warm_up: float,
+    device: torch.device,
 ) -> dict[str, Any]:
-    """Takes the three times on a work, by its name."""
+    """Takes the three times on a work, by its name, once loading has warmed up."""
     work = WORK[name]
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     load = loader(folder, work, workers, device, dtype)
@@ -117,7 +123,10 @@ def measure(
 
     batch = next(iter(load(draw[:size], 0)))
     take(*batch)  # is recorded
-    loads()  # all workers have begun
+    until = time.monotonic() + warm_up
+    loads()
+    while time.monotonic() < until:  # workers start one by one, when they are wanted
+        loads()
     found = {run.__name__: seconds(run) for run in (loads, passes, both)}
     return {
         "work": name,
@@ -152,6 +161,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=512, help="different images")
     parser.add_argument("--batches", type=int, default=40, help="microbatches a run")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_argument("--warm-up", type=float, default=20, help="seconds of loading")
     parser.add_argument("--device", default=None)
     parser.add_argument("--work", choices=list(WORK), default="nf-resnet-50 K=4")
     parser.add_argument("--save", type=Path)
@@ -170,6 +180,7 @@ def main() -> None:
             arguments.work,
             batches=arguments.batches,
             workers=arguments.workers,
+            warm_up=arguments.warm_up,
             device=torch.device(name),
         )
     show(row)

@@ -257,7 +257,9 @@ def test_passes_are_timed_alone_and_fed_from_a_store(
         )
 
     cpu = torch.device("cpu")
-    row = feeding.measure(tmp_path, "small", batches=2, workers=0, device=cpu)
+    row = feeding.measure(
+        tmp_path, "small", batches=2, workers=0, warm_up=0, device=cpu
+    )
     assert row["examples"] == 2 * row["microbatch_size"] == 2 * small.examples_on(cpu)
     for name in ("loads", "passes", "both"):
         images_per_second = row[f"{name}_images_per_second"]

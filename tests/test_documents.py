@@ -303,7 +303,7 @@ def test_results_are_listed_with_the_settings_of_their_configs() -> None:
 
 def test_the_sweep_that_is_explained_can_be_read(tmp_path: Path) -> None:
     text = (ROOT / "docs" / "sweeps.md").read_text()
-    (example,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    example = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)[0]
     (tmp_path / "sweeps").mkdir()
     shutil.copy(ROOT / "configs" / "digits.yaml", tmp_path)
     (tmp_path / "sweeps" / "example.yaml").write_text(example)
