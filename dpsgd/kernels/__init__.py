@@ -8,7 +8,7 @@ for the norm, a path of its own that is kept in the cache.
 from dpsgd.kernels.activations import Activation, activation
 from dpsgd.kernels.bias_activation import bias_activation
 from dpsgd.kernels.clip_accumulate import clip_accumulate_
-from dpsgd.kernels.fused_norm import sum_relu_group_norm
+from dpsgd.kernels.fused_norm import group_norm, sum_relu_group_norm
 from dpsgd.kernels.gaussian_noise import add_gaussian_noise_
 from dpsgd.kernels.geometry import ConvGeometry
 from dpsgd.kernels.linear import linear
@@ -26,6 +26,7 @@ __all__ = [
     "add_gaussian_noise_",
     "bias_activation",
     "clip_accumulate_",
+    "group_norm",
     "linear",
     "make_views",
     "noisy_sgd_",

@@ -15,7 +15,9 @@ from dpsgd.kernels.relu_group_norm import (
 )
 from dpsgd.kernels.tape import active_tape, leaf_grad
 
-__all__ = ["sum_relu_group_norm"]
+__all__ = ["group_norm", "sum_relu_group_norm"]
+
+_TORCH_VERSION = tuple(map(int, torch.__version__.split(".")[:2]))
 
 
 def sum_relu_group_norm(
@@ -57,6 +59,23 @@ def sum_relu_group_norm(
     return outputs, (total if residual is not None else None)
 
 
+def group_norm(
+    x: Tensor, num_groups: int, scale: Tensor, shift: Tensor, eps: float
+) -> Tensor:
+    """Returns what PyTorch's own does, which not every version does under vmap.
+
+    Args:
+        x: (N, C, H, W) images.
+        num_groups: Groups that share mean and variance; divides C.
+        scale: (C,) of the type of `x`.
+        shift: (C,) of the type of `x`.
+        eps: Added to the variance.
+    """
+    if _TORCH_VERSION < (2, 14):  # torch 2.11 has no rule for other layouts
+        x = x.contiguous()
+    return F.group_norm(x, num_groups, scale, shift, eps)
+
+
 def _plain(
     x: Tensor,
     biases: tuple[Tensor, ...],
@@ -73,9 +92,7 @@ def _plain(
         x = x + residual
     active = F.relu(x).to(wide)
     outputs = tuple(
-        F.group_norm(active, num_groups, scale.to(wide), shift.to(wide), eps).to(
-            x.dtype
-        )
+        group_norm(active, num_groups, scale.to(wide), shift.to(wide), eps).to(x.dtype)
         for scale, shift in affines
     )
     return outputs, (x if residual is not None else None)

@@ -20,6 +20,7 @@ from dpsgd.kernels import (
     ConvGeometry,
     activation,
     bias_activation,
+    group_norm,
     linear,
     standardized_conv2d,
     sum_relu_group_norm,
@@ -216,9 +217,7 @@ class ActivationNorm(Layer):
         total = x.total()
         wide = torch.promote_types(total.dtype, torch.float32)
         scale, shift = self.weight.to(wide), self.bias.to(wide)
-        # Before torch 2.12 vmap takes no other layout here.
-        x_wide = total.to(wide).contiguous()
-        y = F.group_norm(x_wide, self.num_groups, scale, shift, _GROUP_NORM_EPS)
+        y = group_norm(total.to(wide), self.num_groups, scale, shift, _GROUP_NORM_EPS)
         return F.relu(y).to(total.dtype)
 
 
