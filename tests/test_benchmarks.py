@@ -359,3 +359,25 @@ def test_rows_are_saved_before_a_later_path_fails(
     rows = json.loads(saved.read_text())["rows"]
     assert len(rows) > 1
     assert {row["work"] for row in rows} == {first}
+
+
+def test_a_profile_says_what_a_pass_is_made_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    passes = benchmark_of("pass_profile")
+    monkeypatch.setitem(passes.WORK, "wrn16-4 K=16", small_work(passes))
+    saved = tmp_path / "profile.json"
+    monkeypatch.setattr(sys, "argv", ["p", "--device", "cpu", "--save", str(saved)])
+    passes.main()
+
+    found = json.loads(saved.read_text())
+    names = [row["name"] for row in found["kernels"]]
+    assert any("convolution" in name for name in names)
+    times = [row["milliseconds"] for row in found["kernels"]]
+    assert times == sorted(times, reverse=True)
+    whole = sum(times) + found["between_kernels"]
+    assert whole == pytest.approx(found["milliseconds"])
+    # Of the stem, and of two in each of three blocks, forward and backward.
+    convolutions = [row for row in found["kernels"] if "conv" in row["name"]]
+    assert sum(row["launches"] for row in convolutions) >= 2 * 7
+    assert "between kernels" in capsys.readouterr().out
