@@ -13,6 +13,7 @@ from torch.autograd import Function
 
 from dpsgd.kernels.activations import Activation, activation, activation_backward
 from dpsgd.kernels.dispatch import fold, require_unbatched, runs_on_triton
+from dpsgd.kernels.image_blocks import tiling
 from dpsgd.kernels.tape import active_tape, leaf_grad
 
 try:
@@ -20,6 +21,7 @@ try:
     import triton.language as tl
 
     from dpsgd.kernels.activations import activated, before_activation
+    from dpsgd.kernels.image_blocks import place_of_program
 except ImportError:  # torch for CPU and macOS comes without triton
     triton = None
 
@@ -32,7 +34,6 @@ __all__ = [
 ]
 
 _ELEMENTS = 8192  # that a program takes at a time
-_CHANNELS = 64  # of an image, for a program of the backward pass: a cache line
 _SPAN = 2048  # positions of an image, for one program of the backward pass
 _NUM_WARPS = 8
 
@@ -180,9 +181,8 @@ def bias_activation_backward_triton(
     num_positions = height * width
     num_parts = triton.cdiv(num_positions, _SPAN)
     rows = torch.empty(num_parts, num_images, channels, device=kept.device)
-    block = min(_CHANNELS, triton.next_power_of_2(channels))
-    taken = min(_ELEMENTS // block, triton.next_power_of_2(num_positions))
-    _activation_backward_kernel[(num_images * triton.cdiv(channels, block), num_parts)](
+    taken, num_blocks = tiling(channels, num_positions, _ELEMENTS)
+    _activation_backward_kernel[(num_images * num_blocks, num_parts)](
         grad_y,
         kept,
         bias,
@@ -192,9 +192,7 @@ def bias_activation_backward_triton(
         _SPAN,
         C=channels,
         KIND=kind,
-        BLOCK_C=block,
-        ROWS=taken,
-        num_warps=_NUM_WARPS,
+        **taken,
     )
     return grad_x, rows[0] if num_parts == 1 else rows.sum(0)
 
@@ -236,11 +234,8 @@ if triton is not None:
         ROWS: tl.constexpr,
     ):
         """One program: some channels of an image, over some of its positions."""
-        BLOCKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
-        image = (tl.program_id(0) // BLOCKS).to(tl.int64)
+        image, channel, exists = place_of_program(C, BLOCK_C)
         part = tl.program_id(1)
-        channel = tl.program_id(0) % BLOCKS * BLOCK_C + tl.arange(0, BLOCK_C)
-        exists = channel < C
         added = tl.load(bias + channel, mask=exists, other=0.0)[None, :]
         total = tl.zeros((ROWS, BLOCK_C), tl.float32)
         end = tl.minimum(num_positions, (part + 1) * span)
@@ -255,5 +250,6 @@ if triton is not None:
             grad = before_activation(grad, value, KIND)
             total += tl.where(inside, grad, 0.0)
             tl.store(grad_x + at, grad.to(grad_x.dtype.element_ty), mask=inside)
-        place = (part * (tl.num_programs(0) // BLOCKS) + image) * C + channel
+        num_images = tl.num_programs(0) // ((C + BLOCK_C - 1) // BLOCK_C)
+        place = (part * num_images + image) * C + channel
         tl.store(rows + place, tl.sum(total, axis=0), mask=exists)

@@ -4,21 +4,21 @@ import torch
 from torch import Tensor
 
 from dpsgd.kernels.activations import Activation
+from dpsgd.kernels.image_blocks import tiling
 
 try:
     import triton
     import triton.language as tl
 
     from dpsgd.kernels.activations import activated, before_activation
+    from dpsgd.kernels.image_blocks import place_of_program
 except ImportError:  # torch for CPU and macOS comes without triton
     triton = None
 
 __all__ = ["residual_activation_backward_triton", "residual_activation_triton"]
 
 _ELEMENTS = 4096  # that a program takes at a time, of each of up to four images
-_CHANNELS = 64  # of an image, for a program: a cache line
 _SPAN = 2048  # positions of an image, for one program of the backward pass
-_NUM_WARPS = 8
 
 
 def residual_activation_triton(
@@ -37,8 +37,8 @@ def residual_activation_triton(
     total, active = torch.empty_like(branch), torch.empty_like(branch)
     num_images, channels, height, width = branch.shape
     num_positions = height * width
-    tiling, num_blocks = _tiling(channels, num_positions)
-    num_parts = triton.cdiv(num_positions, tiling["ROWS"])
+    taken, num_blocks = tiling(channels, num_positions, _ELEMENTS)
+    num_parts = triton.cdiv(num_positions, taken["ROWS"])
     _sum_kernel[(num_images * num_blocks, num_parts)](
         (shortcut, branch, total, active),
         bias if shortcut_bias is None else shortcut_bias,
@@ -49,7 +49,7 @@ def residual_activation_triton(
         C=channels,
         KIND=kind,
         HAS_SHORTCUT_BIAS=shortcut_bias is not None,
-        **tiling,
+        **taken,
     )
     return total, active
 
@@ -72,7 +72,7 @@ def residual_activation_backward_triton(
     grad_shortcut, grad_branch = torch.empty_like(branch), torch.empty_like(branch)
     num_images, channels, height, width = branch.shape
     num_positions = height * width
-    tiling, num_blocks = _tiling(channels, num_positions)
+    taken, num_blocks = tiling(channels, num_positions, _ELEMENTS)
     num_parts = triton.cdiv(num_positions, _SPAN)
     rows = torch.empty(2, num_parts, num_images, channels, device=branch.device)
     _backward_kernel[(num_images * num_blocks, num_parts)](
@@ -91,18 +91,10 @@ def residual_activation_backward_triton(
         KIND=kind,
         HAS_GRAD_TOTAL=grad_total is not None,
         HAS_GRAD_ACTIVE=grad_active is not None,
-        **tiling,
+        **taken,
     )
     sums, products = (rows[:, 0] if num_parts == 1 else rows.sum(1)).unbind()
     return grad_shortcut, grad_branch, sums, products
-
-
-def _tiling(channels: int, num_positions: int) -> tuple[dict[str, int], int]:
-    """Returns what a program takes at a time, and into how many blocks C falls."""
-    block = min(_CHANNELS, triton.next_power_of_2(channels))
-    rows = min(_ELEMENTS // block, triton.next_power_of_2(num_positions))
-    tiling = {"BLOCK_C": block, "ROWS": rows, "num_warps": _NUM_WARPS}
-    return tiling, triton.cdiv(channels, block)
 
 
 if triton is not None:
@@ -123,7 +115,7 @@ if triton is not None:
     ):
         """One program: some channels of an image, at some of its positions."""
         shortcut, branch, total, active = images
-        image, channel, exists = _place(C, BLOCK_C)
+        image, channel, exists = place_of_program(C, BLOCK_C)
         factor = _factors(scale, scale_strides, image, channel, exists)
         added = factor * tl.load(bias + channel, mask=exists, other=0.0)
         if HAS_SHORTCUT_BIAS:
@@ -157,7 +149,7 @@ if triton is not None:
     ):
         """One program: some channels of an image, over some of its positions."""
         kept, branch, grad_shortcut, grad_branch = images
-        image, channel, exists = _place(C, BLOCK_C)
+        image, channel, exists = place_of_program(C, BLOCK_C)
         factor = _factors(scale, scale_strides, image, channel, exists)
         added = tl.load(bias + channel, mask=exists, other=0.0)[None, :]
         sums = tl.zeros((ROWS, BLOCK_C), tl.float32)
@@ -187,14 +179,6 @@ if triton is not None:
         tl.store(place, tl.sum(sums, axis=0), mask=exists)
         place += num_parts * num_images * C
         tl.store(place, tl.sum(products, axis=0), mask=exists)
-
-    @triton.jit
-    def _place(C: tl.constexpr, BLOCK_C: tl.constexpr):
-        """Returns a program's image, its channels, and which of them exist."""
-        BLOCKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
-        image = (tl.program_id(0) // BLOCKS).to(tl.int64)
-        channel = tl.program_id(0) % BLOCKS * BLOCK_C + tl.arange(0, BLOCK_C)
-        return image, channel, channel < C
 
     @triton.jit
     def _factors(scale, strides, image, channel, exists):
