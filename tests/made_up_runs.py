@@ -89,6 +89,15 @@ def result(**changes: Any) -> dict[str, Any]:
     }
 
 
+# All that a finished run without privacy leaves, as arguments of `write_run`.
+NON_PRIVATE_RUN: dict[str, Any] = {
+    "settings": WITHOUT_PRIVACY,
+    "lines": [evaluation(4, epsilon=None)],
+    "plan": {**PLAN, **NO_MECHANISM},
+    "report": result(**NO_MECHANISM),
+}
+
+
 def write_run(
     folder: Path,
     *,

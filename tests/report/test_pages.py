@@ -6,10 +6,8 @@ from typing import Any
 import pytest
 import yaml
 from made_up_runs import (
-    NO_MECHANISM,
+    NON_PRIVATE_RUN,
     PARQUET,
-    PLAN,
-    WITHOUT_PRIVACY,
     evaluation,
     result,
     write_run,
@@ -178,12 +176,7 @@ def test_figures_that_are_looked_for_first_are_there(report: Report) -> None:
             ["NO privacy guarantee", "Epsilon infinite"],
         ),
         (
-            {
-                "lines": [evaluation(4, epsilon=None)],
-                "report": result(**NO_MECHANISM),
-                "plan": {**PLAN, **NO_MECHANISM},
-                "settings": WITHOUT_PRIVACY,
-            },
+            NON_PRIVATE_RUN,
             ["NO privacy guarantee", "neither clipped nor noised", "Epsilon infinite"],
         ),
         (
@@ -335,13 +328,7 @@ def test_a_comparison_tells_what_unfinished_and_older_runs_record(
 def test_a_comparison_with_a_run_without_privacy_has_no_guarantee(
     run: RunRecord, tmp_path: Path
 ) -> None:
-    without = write_run(
-        tmp_path / "without",
-        settings=WITHOUT_PRIVACY,
-        lines=[evaluation(4, epsilon=None)],
-        plan={**PLAN, **NO_MECHANISM},
-        report=result(**NO_MECHANISM),
-    )
+    without = write_run(tmp_path / "without", **NON_PRIVATE_RUN)
     words = words_of(comparison_report([run, read_run(without)]).html)
 
     assert "Together the runs have no guarantee." in words

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from made_up_runs import (
     NO_MECHANISM,
+    NON_PRIVATE_RUN,
     PARQUET,
     PLAN,
     WITHOUT_PRIVACY,
@@ -161,13 +162,8 @@ def test_an_unfinished_run_without_noise_has_none_either(tmp_path: Path) -> None
 def test_a_run_without_privacy_says_what_it_did_instead(
     tmp_path: Path, is_finished: bool
 ) -> None:
-    stated = statement(
-        tmp_path / "run",
-        settings=WITHOUT_PRIVACY,
-        lines=[evaluation(4, epsilon=None)],
-        plan={**PLAN, **NO_MECHANISM},
-        report=result(**NO_MECHANISM) if is_finished else None,
-    )
+    unfinished = {} if is_finished else {"report": None}
+    stated = statement(tmp_path / "run", **{**NON_PRIVATE_RUN, **unfinished})
     facts = dict(stated.facts)
 
     assert (stated.standing, stated.headline) == ("none", "NO privacy guarantee")
