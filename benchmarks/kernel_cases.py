@@ -1,23 +1,19 @@
 """The fused operators at work, each with its result in float64 and its least work."""
 
+import sys
 from collections.abc import Callable
-from typing import NamedTuple
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from dpsgd.config import ModelConfig
 from dpsgd.kernels import (
-    Activation,
     ConvGeometry,
     SGDStep,
     add_gaussian_noise_,
-    bias_activation,
     clip_accumulate_,
     make_views,
     noisy_sgd_,
-    residual_activation,
-    sum_relu_group_norm,
 )
 from dpsgd.kernels.conv_weight_grad import (
     conv_weight_grad,
@@ -35,68 +31,13 @@ from dpsgd.kernels.weight_standardization import (
     unstandardize_,
     unstandardized_norms,
 )
-from dpsgd.models import build_model, trainable_params
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from kernel_work import Case, Result, Work, nbytes, wide
+from layer_cases import biased, block_end, norm
 
 KEY = 0x9D39247E33776D41
-PADDING, GROUPS, EPS = 4, 16, 1e-5
-
-Result = tuple[Tensor, ...]
-
-
-class Work(NamedTuple):
-    """How much work: a WRN-16-4 pass on CUDA, a trial of the same shape elsewhere."""
-
-    examples: int
-    views: int
-    width: int
-    side: int
-    device: torch.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Type of activations."""
-        return torch.bfloat16 if self.device.type == "cuda" else torch.float32
-
-    def normals(self, *shape: int) -> Tensor:
-        """Returns float32 normals."""
-        return torch.randn(shape, device=self.device)
-
-    def images(self, channels: int, shrunk: int) -> Tensor:
-        """Returns activations (M, K, C, H, W), each image channels-last."""
-        side = self.side // shrunk
-        shape = (self.examples, self.views, side, side, channels)
-        return self.normals(*shape).to(self.dtype).permute(0, 1, 4, 2, 3)
-
-    def parameters(self) -> list[Tensor]:
-        """Returns leaves of the network, by name."""
-        config = ModelConfig(depth=16, width=self.width)
-        model = build_model(config, image_shape=(3, 32, 32), num_classes=10)
-        leaves = sorted(trainable_params(model).items())
-        return [self.normals(*leaf.shape) for _, leaf in leaves]
-
-
-class Case(NamedTuple):
-    """An operator at work.
-
-    Attributes:
-        run: Does the work once and returns what it made; it may change its inputs.
-        exact: Returns the same in float64; called before `run`, which it must not use.
-        num_bytes: Least number of bytes to read and write.
-        num_flops: Two for each multiplication with an addition.
-    """
-
-    run: Callable[[], Result]
-    exact: Callable[[], Result]
-    num_bytes: int
-    num_flops: int = 0
-
-
-def wide(*tensors: Tensor) -> list[Tensor]:
-    return [tensor.double() for tensor in tensors]
-
-
-def nbytes(*tensors: Tensor) -> int:
-    return sum(tensor.nbytes for tensor in tensors)
+PADDING = 4
 
 
 def gaussian_noise(work: Work) -> Case:
@@ -275,107 +216,6 @@ def weight_grad(
             lambda: (reference(*wide(*inputs), geometry),),
             num_bytes,
             2 * inputs[1].numel() * weight[0].numel(),
-        )
-
-    return build
-
-
-def differentiable(
-    forward: Callable[..., Result],
-    leaves: list[Tensor],
-    *,
-    backward: bool,
-    num_images: int,
-) -> Case:
-    """Returns a case of an operator, or of its gradient alone.
-
-    Args:
-        forward: Returns images (N, C, H, W).
-        leaves: Its inputs, images first.
-        backward: Whether the gradient is taken.
-        num_images: How many tensors like the first must be read and written.
-    """
-    grad = torch.randn_like(leaves[0])
-
-    def gradient(*inputs: Tensor) -> Callable[[], Result]:
-        inputs = tuple(one.detach().requires_grad_() for one in inputs)
-        outputs = forward(*inputs)
-        grads = [grad.to(one.dtype) for one in outputs]
-        return lambda: torch.autograd.grad(outputs, inputs, grads, retain_graph=True)
-
-    num_bytes = num_images * leaves[0].nbytes
-    if backward:
-        return Case(gradient(*leaves), lambda: gradient(*wide(*leaves))(), num_bytes)
-    return Case(lambda: forward(*leaves), lambda: forward(*wide(*leaves)), num_bytes)
-
-
-def norm(
-    channels: int, shrunk: int, *, adds: bool = False, backward: bool = False
-) -> Callable[[Work], Case]:
-    """Bias, ReLU and group normalisation; `adds` adds a residual and keeps the sum."""
-
-    def build(work: Work) -> Case:
-        x, residual = (work.images(channels, shrunk).flatten(0, 1) for _ in range(2))
-        bias, scale, shift = work.normals(3, channels).unbind()
-        leaves = [x, bias, scale, shift, *([residual] if adds else [])]
-
-        def forward(x: Tensor, bias: Tensor, *rest: Tensor) -> Result:
-            other = rest[2] if adds else None
-            affines = ((rest[0], rest[1]),)
-            outputs, total = sum_relu_group_norm(
-                x, (bias,), other, affines, num_groups=GROUPS, eps=EPS
-            )
-            return outputs if total is None else (*outputs, total)
-
-        tensors = 3 + 2 * adds if backward else 2 + 2 * adds
-        return differentiable(forward, leaves, backward=backward, num_images=tensors)
-
-    return build
-
-
-def biased(
-    channels: int, shrunk: int, kind: Activation, *, backward: bool = False
-) -> Callable[[Work], Case]:
-    """An activation of images and a bias."""
-
-    def build(work: Work) -> Case:
-        x, bias = work.images(channels, shrunk).flatten(0, 1), work.normals(channels)
-        return differentiable(
-            lambda x, bias: (bias_activation(x, bias, kind),),
-            [x, bias],
-            backward=backward,
-            num_images=3 if backward else 2,
-        )
-
-    return build
-
-
-def block_end(
-    channels: int, shrunk: int, *, backward: bool = False
-) -> Callable[[Work], Case]:
-    """The sum of shortcut and scaled branch, and its ReLU."""
-
-    def build(work: Work) -> Case:
-        branch, shortcut = (
-            work.images(channels, shrunk).flatten(0, 1) for _ in range(2)
-        )
-        scale = work.normals(len(branch), 1)
-        leaves = [branch, shortcut, work.normals(channels), scale]
-
-        def forward(
-            branch: Tensor, shortcut: Tensor, bias: Tensor, scale: Tensor
-        ) -> Result:
-            return residual_activation(
-                shortcut,
-                branch,
-                shortcut_bias=None,
-                bias=bias,
-                scale=scale,
-                kind="relu",
-            )
-
-        return differentiable(
-            forward, leaves, backward=backward, num_images=6 if backward else 4
         )
 
     return build

@@ -22,7 +22,8 @@ from rich.table import Table
 from dpsgd.report import environment, to_json
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from kernel_cases import CASES, Case, Work
+from kernel_cases import CASES
+from kernel_work import Case, Work
 
 COPIED_BYTES = {"cuda": 1 << 30, "cpu": 1 << 26}
 PRODUCT_SIDE = {"cuda": 8192, "cpu": 512}
