@@ -105,7 +105,8 @@ def assemble(
     streams = _streams(config, plan, arithmetic, checkpoint, shown_step, ranks)
     model = _begun_network(config, plan, splits, streams)
     frozen = frozen_tensors(model)
-    layout, params = laid_out(model, ranks, config.runtime.parallel)
+    is_recorded = execution_of(config, plan) == "cuda_graph"
+    layout, params = laid_out(model, ranks, config.runtime.parallel, stays=is_recorded)
     state = _initial_state(config, params)
     if checkpoint is not None:
         restore_state(state, frozen, checkpoint, layout)

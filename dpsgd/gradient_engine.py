@@ -71,10 +71,6 @@ def execution_of(config: Config, plan: Plan) -> Execution:
     if execution == "cuda_graph" and not on_gpu:
         rule = f"needs a CUDA device, and the run is on {plan.device}"
         raise ConfigError(fault("runtime.execution", execution, rule, "take auto"))
-    is_sharded = config.runtime.parallel == "fsdp"
-    if execution == "cuda_graph" and is_sharded:
-        rule = "fsdp gathers the parameters at another place in every step"
-        raise ConfigError(fault("runtime.execution", execution, rule, "take auto"))
     if execution != "auto":
         return execution
-    return "cuda_graph" if on_gpu and not is_sharded else "eager"
+    return "cuda_graph" if on_gpu else "eager"

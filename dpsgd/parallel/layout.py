@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from typing import Any, final
 
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dpsgd.parallel.ranks import Ranks
@@ -27,6 +29,8 @@ class Layout:
         shapes: Whole shape of every leaf by name.
         owner: What has sharded the parameters, by `fully_shard`, under the names of
             the leaves; None if every leaf is whole on every rank.
+        stays: Whether gathered parameters keep their place from step to step, as
+            passes need that are recorded in a CUDA graph.
     """
 
     def __init__(
@@ -35,10 +39,13 @@ class Layout:
         shapes: Mapping[str, torch.Size],
         *,
         owner: nn.Module | None = None,
+        stays: bool = False,
     ) -> None:
         self.ranks = ranks
         self._shapes = dict(shapes)
         self._owner = owner
+        self._stays = stays
+        self._places: dict[str, Tensor] = {}
         self._has_summed = False
         self._sharded = {
             name for name, shape in shapes.items() if owner is not None and shape
@@ -87,7 +94,8 @@ class Layout:
     def gathered(self, params: Params) -> Iterator[Params]:
         """Gives the whole parameters, for as long as the context lasts.
 
-        The owner gathers them block by block, and gives their memory back at the end.
+        The owner gathers them block by block, and gives their memory back at the end;
+        if they stay, it is one block's at a time, copied to where it was before.
 
         Args:
             params: This rank's parts, those that the owner has.
@@ -98,6 +106,14 @@ class Layout:
         from torch.distributed.fsdp import FSDPModule  # a second that others spare
 
         blocks = [one for one in self._owner.modules() if isinstance(one, FSDPModule)]
+        if self._stays:
+            with self.ranks.exchanging("gathering of parameters"):
+                for block in blocks:
+                    block.unshard()
+                    self._keep_gathered()
+                    block.reshard()
+            yield {name: self._places.get(name, leaf) for name, leaf in params.items()}
+            return
         with self.ranks.exchanging("gathering of parameters"):
             for block in blocks:
                 block.unshard()
@@ -107,6 +123,17 @@ class Layout:
         finally:
             for block in blocks:
                 block.reshard()
+
+    def _keep_gathered(self) -> None:
+        """Copies what the owner has whole at this moment to its place."""
+        from torch.distributed.tensor import DTensor
+
+        assert self._owner is not None
+        for name, leaf in self._owner.named_parameters():
+            if name in self._sharded and not isinstance(leaf, DTensor):
+                if name not in self._places:
+                    self._places[name] = torch.empty_like(leaf, requires_grad=False)
+                self._places[name].copy_(leaf.detach())
 
     def whole(self, leaves: Params) -> Params:
         """Returns whole leaves, such as averages, from all ranks' parts."""
@@ -163,13 +190,16 @@ class Layout:
 
     def _total(self, name: str, clipped_sum: Params) -> Tensor:
         """Returns this rank's part of the sum of one leaf, which leaves the dict."""
-        from torch.distributed.tensor import DTensor, Partial
-
-        leaf = DTensor.from_local(
-            clipped_sum.pop(name), self.ranks.mesh, [Partial("sum")]
-        )
-        summed = leaf.redistribute(placements=[self._placement(name)])
-        return summed.to_local().contiguous()
+        leaf, group = clipped_sum.pop(name), self.ranks.mesh.get_group()
+        if name not in self._sharded:
+            dist.all_reduce(leaf, dist.ReduceOp.SUM, group)
+            return leaf
+        most = -(-len(leaf) // self.ranks.size)  # rows of a rank
+        padding = [0, 0] * (leaf.dim() - 1) + [0, most * self.ranks.size - len(leaf)]
+        part = leaf.new_empty(most, *leaf.shape[1:])
+        dist.reduce_scatter_tensor(part, F.pad(leaf, padding), dist.ReduceOp.SUM, group)
+        rows = self._rows(name)
+        return part[: rows.stop - rows.start]
 
     def _whole(self, name: str, part: Tensor) -> Tensor:
         """Returns a whole leaf from the parts of all ranks."""

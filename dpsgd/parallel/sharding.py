@@ -27,7 +27,9 @@ from dpsgd.trees import Params, sha256
 __all__ = ["laid_out"]
 
 
-def laid_out(model: nn.Module, ranks: Ranks, parallel: str) -> tuple[Layout, Params]:
+def laid_out(
+    model: nn.Module, ranks: Ranks, parallel: str, *, stays: bool = False
+) -> tuple[Layout, Params]:
     """Returns where the trainable parameters lie from now on, and this rank's part.
 
     Args:
@@ -35,6 +37,7 @@ def laid_out(model: nn.Module, ranks: Ranks, parallel: str) -> tuple[Layout, Par
             sharded it loses the values of the trainable ones.
         ranks: The processes.
         parallel: `none`, `ddp` or `fsdp`; the last shards if there is a process group.
+        stays: As for `Layout`.
 
     Raises:
         ConfigError: Ranks have networks of different values.
@@ -55,7 +58,7 @@ def laid_out(model: nn.Module, ranks: Ranks, parallel: str) -> tuple[Layout, Par
         _empty(model, name)
     leaves = dict(owner.named_parameters())
     params = {name: _local(leaves[name].detach()) for name in trained}
-    return Layout(ranks, shapes, owner=owner), params
+    return Layout(ranks, shapes, owner=owner, stays=stays), params
 
 
 def _local(leaf: Tensor) -> Tensor:

@@ -56,6 +56,23 @@ def num_sharded_modules(ranks: Ranks, settings: Changes) -> int:
     return sum(isinstance(one, FSDPModule) for one in layout._owner.modules())
 
 
+def gathered_in_place(ranks: Ranks, settings: Changes) -> dict[str, Any]:
+    """Gathers parameters twice, changed in between, where they are to stay."""
+    config = ModelConfig(**settings)
+    model = build_model(config, image_shape=(3, 32, 32), num_classes=4)
+    initialize(model, RandomStreams.from_seed(0).generator("init"))
+    layout, params = laid_out(model, ranks, "fsdp", stays=True)
+    found, places = [], []
+    for _ in range(2):
+        with layout.gathered(params) as whole:
+            found.append(arrays(whole))
+            places.append([leaf.data_ptr() for leaf in whole.values()])
+        assert [*whole] == [*params]
+        torch._foreach_mul_(list(params.values()), -2)
+    expected = arrays(layout.whole(params))
+    return {"found": found, "places": places, "expected": expected}
+
+
 def trained(
     ranks: Ranks, folder: Path, changes: Changes, num_steps: int
 ) -> dict[str, Any]:

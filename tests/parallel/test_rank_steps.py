@@ -169,6 +169,17 @@ def test_networks_are_sharded_block_by_block(
     assert found == [num_blocks + 1] * 2  # and all that is in no block
 
 
+def test_gathered_parameters_that_stay_are_new_in_the_old_place(ranks: Groups) -> None:
+    settings = {"name": "nf_resnet", "depth": 50, **NORM_FREE}
+    for one in ranks(2)(scenarios.gathered_in_place, settings):
+        first, second = one["found"]
+        for name, leaf in one["expected"].items():
+            np.testing.assert_array_equal(second[name] * -2, leaf, err_msg=name)
+            np.testing.assert_array_equal(first[name] * 4, leaf, err_msg=name)
+        before, after = one["places"]
+        assert before == after
+
+
 def test_users_are_shared_like_examples(ranks: Groups, tmp_path: Path) -> None:
     rng = np.random.default_rng(3)
     owners = [f"user {number}" for number in rng.integers(0, 40, 160)]
