@@ -10,6 +10,7 @@ sizes of the draws: measure on public data.
 
 import argparse
 import json
+import math
 import os
 import platform
 import resource
@@ -24,6 +25,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -37,6 +39,7 @@ from dpsgd.errors import ConfigError, UserError, fault
 from dpsgd.parallel import Layout, joined
 from dpsgd.report import to_json
 from dpsgd.train import Run, TrainState, train_step
+from dpsgd.trees import Params, zeros_like
 
 WARM_UPS = 2
 MIB = 2**20
@@ -83,6 +86,15 @@ def time_communication(watch: Watch) -> None:
     Layout.total, Layout.gathered = timed_total, timed_gathered  # type: ignore[method-assign]
 
 
+def warm_up(run: Run, params: Params, microbatch_size: int) -> None:
+    """Takes a pass of both sizes that a draw is cut into, as kernels are new then."""
+    with run.layout.gathered(params) as whole:
+        for size in (microbatch_size, math.ceil(microbatch_size / 2)):
+            rows = np.zeros(size * run.ranks.size, np.int64)
+            for *batch, mask in run.load_views(rows, 0):
+                run.grad_fn.accumulate(zeros_like(whole), whole, *batch, mask=mask)
+
+
 def ahead_of(run: Run, state: TrainState) -> Callable[[], None]:
     """Returns what takes a step, and begins the next one as training does."""
     ahead = LoadAhead(run.load_views)
@@ -103,10 +115,9 @@ def work(arguments: argparse.Namespace) -> None:
         store = CheckpointStore(folder / "checkpoints", keep=1)  # nothing is saved
         run, state, plan = assemble(config, store=store, ranks=ranks)
         take = ahead_of(run, state)
+        warm_up(run, state.params, plan.microbatch_size)
         for _ in range(WARM_UPS):
             take()
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
         time_communication(watch)
         ranks.meet()
         whole = Watch()
@@ -176,7 +187,11 @@ def start(
     rows = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(size)]
     row = {key: max(one[key] for one in rows) for key in rows[0]}
     row["views_per_second"] = min(one["views_per_second"] for one in rows)
-    return {"parallel": mode, "ranks": size, **row}
+    each = [
+        {key: one[key] for key in ("seconds_per_step", "communication_share")}
+        for one in rows
+    ]
+    return {"parallel": mode, "ranks": size, **row, "each_rank": each}
 
 
 def difference(folder: Path, other: Path) -> float:
