@@ -206,7 +206,7 @@ def torchrun(*arguments: str | Path, **options: Any) -> Any:
         env={
             **os.environ,
             "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), *sys.path]),
         },
         **options,
     )
