@@ -5,17 +5,19 @@ rank in turn has the next ceil(R / W) rows while there are any, so that the last
 have fewer or none. Momenta and averages lie like their parameters.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dpsgd.parallel.ranks import Ranks
 from dpsgd.trees import Params, sha256
+
+if TYPE_CHECKING:  # its import takes a second that runs without shards spare
+    from torch.distributed.fsdp import FSDPModule
 
 __all__ = ["Layout"]
 
@@ -29,6 +31,7 @@ class Layout:
         shapes: Whole shape of every leaf by name.
         owner: What has sharded the parameters, by `fully_shard`, under the names of
             the leaves; None if every leaf is whole on every rank.
+        blocks: Its parts that are gathered one by one, with the names of their leaves.
         stays: Whether gathered parameters keep their place from step to step, as
             passes need that are recorded in a CUDA graph.
     """
@@ -39,13 +42,15 @@ class Layout:
         shapes: Mapping[str, torch.Size],
         *,
         owner: nn.Module | None = None,
+        blocks: Sequence[tuple["FSDPModule", Sequence[str]]] = (),
         stays: bool = False,
     ) -> None:
         self.ranks = ranks
         self._shapes = dict(shapes)
         self._owner = owner
+        self._blocks = blocks
         self._stays = stays
-        self._places: dict[str, Tensor] = {}
+        self._places: Params = {}
         self._has_summed = False
         self._sharded = {
             name for name, shape in shapes.items() if owner is not None and shape
@@ -94,8 +99,8 @@ class Layout:
     def gathered(self, params: Params) -> Iterator[Params]:
         """Gives the whole parameters, for as long as the context lasts.
 
-        The owner gathers them block by block, and gives their memory back at the end;
-        if they stay, it is one block's at a time, copied to where it was before.
+        The owner gathers them block by block, and gives their memory back at the end.
+        If they stay, each block is copied to its place and given back at once.
 
         Args:
             params: This rank's parts, those that the owner has.
@@ -103,37 +108,33 @@ class Layout:
         if self._owner is None:
             yield params
             return
-        from torch.distributed.fsdp import FSDPModule  # a second that others spare
-
-        blocks = [one for one in self._owner.modules() if isinstance(one, FSDPModule)]
-        if self._stays:
-            with self.ranks.exchanging("gathering of parameters"):
-                for block in blocks:
-                    block.unshard()
-                    self._keep_gathered()
-                    block.reshard()
-            yield {name: self._places.get(name, leaf) for name, leaf in params.items()}
-            return
         with self.ranks.exchanging("gathering of parameters"):
-            for block in blocks:
+            for block, names in self._blocks:
                 block.unshard()
-        leaves = dict(self._owner.named_parameters())
+                if self._stays:
+                    self._keep(names)
+                    block.reshard()
+            self.ranks.wait()  # whatever waits for the device next would not tell why
+        whole = self._places if self._stays else self._gathered(self._sharded)
         try:
-            yield {name: leaves[name].detach() for name in params}
+            yield {name: whole.get(name, leaf) for name, leaf in params.items()}
         finally:
-            for block in blocks:
-                block.reshard()
+            if not self._stays:
+                for block, _ in self._blocks:
+                    block.reshard()
 
-    def _keep_gathered(self) -> None:
-        """Copies what the owner has whole at this moment to its place."""
-        from torch.distributed.tensor import DTensor
-
+    def _gathered(self, names: Collection[str]) -> Params:
+        """Returns what the owner has whole at this moment."""
         assert self._owner is not None
-        for name, leaf in self._owner.named_parameters():
-            if name in self._sharded and not isinstance(leaf, DTensor):
-                if name not in self._places:
-                    self._places[name] = torch.empty_like(leaf, requires_grad=False)
-                self._places[name].copy_(leaf.detach())
+        return {name: self._owner.get_parameter(name).detach() for name in names}
+
+    def _keep(self, names: Sequence[str]) -> None:
+        """Copies what is gathered at this moment to its place."""
+        leaves = self._gathered(names)
+        if names[0] not in self._places:
+            self._places |= {name: torch.empty_like(leaves[name]) for name in names}
+        places = [self._places[name] for name in names]
+        torch._foreach_copy_(places, list(leaves.values()))
 
     def whole(self, leaves: Params) -> Params:
         """Returns whole leaves, such as averages, from all ranks' parts."""
@@ -195,9 +196,10 @@ class Layout:
             dist.all_reduce(leaf, dist.ReduceOp.SUM, group)
             return leaf
         most = -(-len(leaf) // self.ranks.size)  # rows of a rank
-        padding = [0, 0] * (leaf.dim() - 1) + [0, most * self.ranks.size - len(leaf)]
+        if missing := most * self.ranks.size - len(leaf):
+            leaf = torch.cat([leaf, leaf.new_zeros(missing, *leaf.shape[1:])])
         part = leaf.new_empty(most, *leaf.shape[1:])
-        dist.reduce_scatter_tensor(part, F.pad(leaf, padding), dist.ReduceOp.SUM, group)
+        dist.reduce_scatter_tensor(part, leaf, dist.ReduceOp.SUM, group)
         rows = self._rows(name)
         return part[: rows.stop - rows.start]
 

@@ -87,7 +87,7 @@ class Ranks:
         with self.exchanging("sum of counts"):
             result = values.to(self.device, copy=True)
             dist.all_reduce(result, dist.ReduceOp.SUM)
-            self._wait()
+            self.wait()
             return result.to(values.device)
 
     def largest(self, value: int) -> int:
@@ -97,7 +97,7 @@ class Ranks:
         with self.exchanging("request or fault of any rank"):
             result = torch.tensor(value, device=self.device)
             dist.all_reduce(result, dist.ReduceOp.MAX)
-            self._wait()
+            self.wait()
             return int(result)
 
     def any(self, holds: bool) -> bool:
@@ -180,7 +180,7 @@ class Ranks:
             remedy = "see its own message; go on with --resume, or torchrun's restarts"
             raise RankError(fault("ranks", self.size, rule, remedy)) from error
 
-    def _wait(self) -> None:
+    def wait(self) -> None:
         """Waits until the device has taken part in all exchanges asked for.
 
         NCCL takes part when the device comes to it, and then waits for a lost rank
@@ -211,7 +211,7 @@ class Ranks:
         texts = [torch.empty_like(mine) for _ in range(self.size)]
         with self.exchanging("exchange of settings"):
             dist.all_gather(texts, mine)
-            self._wait()
+            self.wait()
         return [json.loads(bytes(one.tolist())) for one in texts]
 
 

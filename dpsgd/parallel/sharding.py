@@ -2,20 +2,22 @@
 
 | | whole on a rank | in shards of 1/W |
 |--|--|--|
-| at rest | frozen tensors, parameters that are scalars | parameters, momenta, average |
+| at rest | frozen tensors, scalars | parameters, momenta, average |
 | in the passes of a step | parameters, sum of clipped gradients | |
 | in the sum over ranks | sum of clipped gradients, one leaf more | |
 | in noise, update, average | | sum of clipped gradients |
 | in an evaluation | the weights that are measured | |
 
 So the peak of a step is two float32 copies of the parameters beside the shards and the
-pass itself. The network that computes is a plain one whose trainable parameters have no
-memory of their own: per-sample gradients go through torch.func, which does not know
-sharded parameters.
+pass itself. Where passes are recorded, which read parameters at one address, the whole
+copy stays there at all times, and while it is filled one block is held twice. The
+network that computes is a plain one whose trainable parameters have no memory of their
+own: per-sample gradients go through torch.func, which does not know sharded parameters.
 """
 
 import copy
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,12 +55,13 @@ def laid_out(
             name: leaf.detach().clone(memory_format=torch.contiguous_format)
             for name, leaf in trained.items()
         }
-    owner = _sharded(model, ranks)
+    owner, blocks = _sharded(model, ranks)
     for name in trained:
         _empty(model, name)
     leaves = dict(owner.named_parameters())
     params = {name: _local(leaves[name].detach()) for name in trained}
-    return Layout(ranks, shapes, owner=owner, stays=stays), params
+    layout = Layout(ranks, shapes, owner=owner, blocks=blocks, stays=stays)
+    return layout, params
 
 
 def _local(leaf: Tensor) -> Tensor:
@@ -68,11 +71,13 @@ def _local(leaf: Tensor) -> Tensor:
     return leaf.to_local() if isinstance(leaf, DTensor) else leaf
 
 
-def _sharded(model: nn.Module, ranks: Ranks) -> nn.Module:
+def _sharded(
+    model: nn.Module, ranks: Ranks
+) -> tuple[nn.Module, list[tuple[Any, list[str]]]]:
     """Returns a network that keeps the trainable parameters in shards, and only that.
 
     Its parameters are views of the shards, so that an update of them in place is seen
-    when they are gathered.
+    when they are gathered. Beside it, its blocks and the names of what each has.
     """
     from torch.distributed.fsdp import fully_shard
 
@@ -82,12 +87,16 @@ def _sharded(model: nn.Module, ranks: Ranks) -> nn.Module:
     ignored = {
         leaf for leaf in owner.parameters() if not leaf.requires_grad or leaf.dim() == 0
     }
-    kept = {*owner.parameters()} - ignored
+    names = {
+        leaf: name for name, leaf in owner.named_parameters() if leaf not in ignored
+    }
+    blocks = []
     for module in (*_blocks(owner), owner):
-        if kept & {*module.parameters()}:
+        own = [names.pop(leaf) for leaf in [*module.parameters()] if leaf in names]
+        if own:
             fully_shard(module, mesh=ranks.mesh, ignored_params=ignored)
-            kept -= {*module.parameters()}
-    return owner
+            blocks.append((module, own))
+    return owner, blocks
 
 
 def _blocks(module: nn.Module) -> Iterator[nn.Module]:
