@@ -435,13 +435,14 @@ def test_images_of_a_network_agree_on_a_gpu(
     shape: tuple[int, ...], kind: Activation
 ) -> None:
     inputs = inputs_of(shape, torch.device("cuda"), torch.bfloat16)
+    value, _ = by_definition(*(one.float() for one in inputs[:5]), kind=kind)
+    # Rounding may take a sum across 0, where the slope of ReLU jumps.
+    inputs.grad_active[value.abs() < 2**-5] = 0
     found = by_operators(inputs, kind, "triton")
     expected = by_operators(inputs, kind, "reference")
 
     for part, one in found.items():
-        if one.ndim == 4:
-            near = torch.isclose(one, expected[part], rtol=2**-7, atol=1e-4)
-            # Where a sum is rounded across 0, or to where GELU is flat, slopes differ.
-            assert (~near).sum() < 1e-6 * one.numel(), part
+        if one.ndim == 4:  # sums of up to 4 are rounded by 2^-7, and slopes with them
+            torch.testing.assert_close(one, expected[part], rtol=2**-7, atol=2**-6)
         else:  # up to 800,000 terms, which cancel
             torch.testing.assert_close(one, expected[part], rtol=1e-3, atol=0.05)
