@@ -97,9 +97,8 @@ class Feed:
         # A draw ends, on average, half a microbatch early. Two sizes are worth
         # recording, and tuning a GPU's kernels for; but for secure noise no example's
         # gradient may depend on how many are drawn.
-        execution = execution_of(self.config, plan)
-        is_eager_on_gpu = plan.device.type == "cuda" and execution == "eager"
-        has_two = execution == "cuda_graph" or is_eager_on_gpu
+        on_gpu = plan.device.type == "cuda"
+        has_two = on_gpu and execution_of(self.config, plan) != "compile"
         if not has_two or self.config.privacy.noise != "standard":
             return None
         return math.ceil(plan.microbatch_size / 2)

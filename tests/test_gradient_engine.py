@@ -35,6 +35,7 @@ def chosen(plan: Any = OnCuda, **changes: Any) -> tuple[type, str]:
 
 def test_cuda_gets_the_ghost_engine_recorded() -> None:
     assert chosen() == (GhostClippedGrad, "cuda_graph")
+    assert chosen(runtime__parallel="fsdp") == (GhostClippedGrad, "cuda_graph")
     assert chosen(runtime__execution="compile") == (VmapClippedGrad, "compile")
     assert chosen(runtime__engine="vmap") == (VmapClippedGrad, "cuda_graph")
 
@@ -76,11 +77,3 @@ def test_a_run_learns_the_same_with_either_engine(tmp_path: Path) -> None:
     for name, leaf in params[0].items():
         # Four steps of size 0.5; the ghost engine bounds the rounding of its norms.
         torch.testing.assert_close(params[1][name], leaf, rtol=1e-3, atol=1e-4)
-
-
-def test_passes_over_sharded_parameters_are_not_recorded() -> None:
-    sharded = {"runtime__parallel": "fsdp"}
-
-    assert chosen(**sharded) == (GhostClippedGrad, "eager")
-    with pytest.raises(ConfigError, match="fsdp gathers the parameters at another"):
-        chosen(**sharded, runtime__execution="cuda_graph")
