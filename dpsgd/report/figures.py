@@ -76,7 +76,7 @@ def curves_of(
     value: Callable[[EvaluationLine], float | None],
     value_ema: Callable[[EvaluationLine], float | None] | None = None,
     *,
-    over: Callable[[EvaluationLine], float | None] = lambda one: one.step,
+    over: Callable[[EvaluationLine], float | None] | None = None,
 ) -> list[Curve]:
     """Returns the lines of a quantity over another.
 
@@ -85,7 +85,8 @@ def curves_of(
             line, of its averaged weights if it keeps them.
         value: The quantity, of the last weights or of the run; None leaves it out.
         value_ema: The quantity of the averaged weights, if it has one.
-        over: The other quantity, steps by default; None leaves a point out.
+        over: The other quantity, where its None leaves a point out; by default steps,
+            or epochs if the steps of runs are not of one size.
     """
     if len(runs) == 1 and value_ema is not None and runs[0].keeps_average:
         (run,) = runs
@@ -97,7 +98,8 @@ def curves_of(
         ]
     curves = []
     for rank, (label, run, chosen) in enumerate(named):
-        found = [(over(one), chosen(one)) for one in run.evaluations]
+        place = over or _progress(run, in_epochs=_differ_in_steps(runs))
+        found = [(place(one), chosen(one)) for one in run.evaluations]
         points = [(x, y) for x, y in found if x is not None and y is not None]
         finite = tuple(point for point in points if all(map(math.isfinite, point)))
         if finite:
@@ -105,10 +107,25 @@ def curves_of(
     return curves
 
 
+def _differ_in_steps(runs: Sequence[RunRecord]) -> bool:
+    """Returns whether steps are known to be of several sizes."""
+    shares = {run.epochs_per_step for run in runs}
+    return len(shares) > 1 and None not in shares
+
+
+def _progress(
+    run: RunRecord, *, in_epochs: bool
+) -> Callable[[EvaluationLine], float | None]:
+    """Returns what tells how far a run was at an evaluation."""
+    share = run.epochs_per_step if in_epochs else 1
+    assert share is not None  # epochs are taken if all runs have them
+    return lambda one: one.step * share
+
+
 def accuracy_figure(runs: Sequence[RunRecord]) -> "Figure | None":
-    """Draws test accuracy over steps; None if nothing was evaluated."""
+    """Draws test accuracy over progress; None if nothing was evaluated."""
     curves = curves_of(runs, lambda one: one.accuracy, lambda one: one.accuracy_ema)
-    return _over_steps("Test accuracy, %", curves, scale=100.0)
+    return _over_steps("Test accuracy, %", runs, curves, scale=100.0)
 
 
 def utility_figure(runs: Sequence[RunRecord]) -> "Figure | None":
@@ -131,16 +148,16 @@ def utility_figure(runs: Sequence[RunRecord]) -> "Figure | None":
 
 
 def loss_figure(runs: Sequence[RunRecord]) -> "Figure | None":
-    """Draws test loss over steps; None if nothing was evaluated."""
+    """Draws test loss over progress; None if nothing was evaluated."""
     curves = curves_of(runs, lambda one: one.loss, lambda one: one.loss_ema)
-    return _over_steps("Test loss, nats", curves, from_zero=True)
+    return _over_steps("Test loss, nats", runs, curves, from_zero=True)
 
 
 def throughput_figure(runs: Sequence[RunRecord]) -> "Figure | None":
     """Draws views a second over steps; None if it was not recorded."""
     curves = curves_of(runs, lambda one: one.views_per_second)
     return _over_steps(
-        "Throughput, views a second", curves, from_zero=True, separates=True
+        "Throughput, views a second", runs, curves, from_zero=True, separates=True
     )
 
 
@@ -161,7 +178,7 @@ def epsilon_figure(runs: Sequence[RunRecord]) -> "Figure | None":
             _draw(axes, curve, is_stairs=True)
         if len(runs) == 1 and math.isfinite(runs[0].planned_epsilon or math.inf):
             _draw_limit(axes, runs[0])
-        _finish(axes, curves, has_legend=len(runs) > 1)
+        _finish(axes, runs, curves, has_legend=len(runs) > 1)
         _start_at_zero(axes)
         return _figure(axes)
 
@@ -251,19 +268,20 @@ def sweep_figure(
 
 def _over_steps(
     title: str,
+    runs: Sequence[RunRecord],
     curves: Sequence[Curve],
     *,
     scale: float = 1.0,
     from_zero: bool = False,
     separates: bool = False,
 ) -> "Figure | None":
-    """Draws lines over steps; None if there are none."""
+    """Draws lines of runs over steps or epochs; None if there are none."""
     if not curves:
         return None
     with new_axes(title) as axes:
         for curve in curves:
             _draw(axes, curve, scale=scale)
-        _finish(axes, curves, has_legend=len(curves) > 1)
+        _finish(axes, runs, curves, has_legend=len(curves) > 1)
         if from_zero:
             _start_at_zero(axes)
         if separates:
@@ -303,12 +321,19 @@ def _draw_limit(axes: "Axes", run: RunRecord) -> None:
     )
 
 
-def _finish(axes: "Axes", curves: Sequence[Curve], *, has_legend: bool) -> None:
-    """Labels the steps, and names the lines above the axes."""
+def _finish(
+    axes: "Axes",
+    runs: Sequence[RunRecord],
+    curves: Sequence[Curve],
+    *,
+    has_legend: bool,
+) -> None:
+    """Labels the steps or epochs, and names the lines below the axes."""
     from matplotlib.ticker import MaxNLocator
 
-    axes.set_xlabel("steps")
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+    in_epochs = _differ_in_steps(runs)
+    axes.set_xlabel("epochs" if in_epochs else "steps")
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=not in_epochs))
     axes.set_xlim(left=0)
     if has_legend:
         _legend(axes, [curve.label for curve in curves])

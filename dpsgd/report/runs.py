@@ -94,11 +94,17 @@ class RunRecord:
     @property
     def epochs(self) -> float | None:
         """Passes over the training set that the steps taken amount to, or None."""
+        share = self.epochs_per_step
+        return None if share is None else self.step * share
+
+    @property
+    def epochs_per_step(self) -> float | None:
+        """Expected share of the training set in a step, or None if not recorded."""
         size, total = (
             self.number("expected_batch_size"),
             self.number(f"num_{self.unit}s"),
         )
-        return self.step * size / total if size is not None and total else None
+        return size / total if size is not None and total else None
 
     @property
     def epsilon(self) -> float | None:

@@ -4,7 +4,7 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import pytest
-from made_up_runs import evaluation, result, write_run
+from made_up_runs import PLAN, evaluation, result, write_run
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from PIL import Image
@@ -93,6 +93,21 @@ def test_several_runs_have_a_line_each_of_their_best_known_weights(
     # A line that is not there takes no other's colour.
     (loss,) = curves_of([other, run], lambda one: one.loss)
     assert (loss.label, loss.rank) == ("run", 1)
+
+
+def test_steps_of_several_sizes_are_told_in_epochs(
+    run: RunRecord, tmp_path: Path
+) -> None:
+    plan = {**PLAN, "expected_batch_size": 32.0}
+    other = read_run(write_run(tmp_path / "other", plan=plan))
+    older = read_run(write_run(tmp_path / "older", plan=None))
+    curves = curves_of([run, other], lambda one: one.accuracy)
+
+    assert curves[0].points == ((2 * 16 / 1437, 0.5), (4 * 16 / 1437, 0.5))
+    assert curves[1].points == ((2 * 32 / 1437, 0.5), (4 * 32 / 1437, 0.5))
+    assert "epochs" in texts(accuracy_figure([run, other]))
+    assert "epochs" in texts(epsilon_figure([run, other]))
+    assert "steps" in texts(accuracy_figure([run, other, older]))
 
 
 def test_every_figure_of_a_run_says_what_it_shows(run: RunRecord) -> None:
