@@ -25,6 +25,9 @@ from rich.table import Table
 
 from dpsgd.config import Config, load_config
 from dpsgd.errors import ConfigError, UserError, fault
+from dpsgd.report.drawing import LIGHT, SERIES, new_axes, to_svg
+
+MODES = ["ddp", "fsdp"]
 
 
 def read_measured(path: Path, config: Config, mode: str) -> tuple[float, float]:
@@ -100,12 +103,31 @@ def table_of(rows: list[dict[str, Any]]) -> Table:
     return table
 
 
+def draw(
+    config: Config, measured: dict[str, tuple[float, float]], most: int, path: Path
+) -> None:
+    """Draws efficiency over 1, 2, 4, ... GPUs up to `most` as SVG, a line a mode."""
+    counts = [2**power for power in range(most.bit_length())]
+    with new_axes("Efficiency, %, computed") as axes:
+        for (mode, (speed, rest)), role in zip(measured.items(), SERIES, strict=False):
+            rows = [cost(config, n, speed=speed, rest=rest) for n in counts]
+            shares = [100 * row["efficiency"] for row in rows]
+            axes.plot(counts, shares, color=LIGHT[role], label=mode)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(counts, [str(n) for n in counts])
+        axes.set_xlabel("GPUs")
+        axes.set_ylim(0, 105)
+        axes.legend()
+        path.write_text(to_svg(axes.figure, path.stem, is_inline=False))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("config", type=Path)
     parser.add_argument("scaling", type=Path, metavar="SCALING.json")
-    parser.add_argument("--mode", choices=["ddp", "fsdp"], default="ddp")
+    parser.add_argument("--mode", choices=MODES, default="ddp")
     parser.add_argument("--ranks", nargs="+", type=int, default=[32, 256])
+    parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="of all modes")
     arguments = parser.parse_args()
     try:
         config = load_config(arguments.config)
@@ -113,6 +135,11 @@ def main() -> None:
             rule = "must be at least 1"
             raise ConfigError(fault("--ranks", min(arguments.ranks), rule, "raise it"))
         speed, rest = read_measured(arguments.scaling, config, arguments.mode)
+        if arguments.plot:
+            measured = {
+                mode: read_measured(arguments.scaling, config, mode) for mode in MODES
+            }
+            draw(config, measured, max(arguments.ranks), arguments.plot)
     except UserError as error:
         parser.error(str(error))
     views = config.privacy.expected_batch_size * config.views_per_unit

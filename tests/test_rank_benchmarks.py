@@ -199,7 +199,7 @@ def test_the_cost_of_a_run_follows_from_what_was_measured(
     run_cost = benchmark_of("run_cost")
     config = load_config(IMAGENET)
     smaller = ["privacy.expected_batch_size=200", "train.seed=0"]
-    path = write_scaling(tmp_path, settings=smaller, modes=["ddp"])
+    path = write_scaling(tmp_path, settings=smaller, modes=["ddp", "fsdp"])
     speed, rest = run_cost.read_measured(path, config, "ddp")
     assert (speed, rest) == pytest.approx((100, 0.5))
 
@@ -210,11 +210,14 @@ def test_the_cost_of_a_run_follows_from_what_was_measured(
     assert row["days"] == pytest.approx(71_589 * seconds / 86_400)
     assert row["gpu_hours"] == pytest.approx(256 * 24 * row["days"])
 
-    monkeypatch.setattr(sys, "argv", ["run_cost", str(IMAGENET), str(path)])
+    plot = tmp_path / "cost.svg"
+    command = ["run_cost", str(IMAGENET), str(path), "--plot", str(plot)]
+    monkeypatch.setattr(sys, "argv", command)
     run_cost.main()
     shown = capsys.readouterr().out
     assert "4,691,656,704 views" in shown
     assert f"{row['gpu_hours']:,.0f}" in shown
+    assert all(f">{word}<" in plot.read_text() for word in ("ddp", "fsdp", "256"))
 
 
 @pytest.mark.parametrize(
