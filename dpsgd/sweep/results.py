@@ -234,11 +234,12 @@ class SweepResults:
             )
         if math.isinf(joint[0]):
             return "Together the runs have no privacy guarantee."
+        spent = all(record.is_finished for record in begun)
         return (
             f"All {len(begun)} runs that have begun, on the same private data: "
             f"({epsilon_in_words(joint[0])}, {significant(joint[1])})-differentially "
-            f"private per {begun[0].unit} together, by basic composition, once they "
-            "are finished."
+            f"private per {begun[0].unit} together, by basic composition"
+            f"{'' if spent else ', once they are finished'}."
         )
 
     def contents(self) -> dict[str, bytes]:

@@ -113,6 +113,7 @@ def test_what_all_runs_spend_together_is_told(sweep_of: Sweep) -> None:
     assert (
         "(8.9997, 3e-05)-differentially private per example" in results.joint_in_words()
     )
+    assert results.joint_in_words().endswith("by basic composition.")
     assert json.loads(results.json())["joint_unit"] == "example"
 
 
@@ -138,6 +139,7 @@ def test_runs_that_go_on_count_with_what_they_will_spend(
     results = collect(folder, plan)
 
     assert results.joint() == pytest.approx((2.9999, 1e-5))
+    assert results.joint_in_words().endswith("composition, once they are finished.")
     assert results.runs_table()[1][0][3] == "5 of 4, evaluated at 4"
 
 
