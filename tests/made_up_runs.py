@@ -1,14 +1,17 @@
 """Run directories as they are left behind, without any training."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
+from matplotlib.figure import Figure
 from small_runs import small_config
 
 from dpsgd.config import config_to_dict
+from dpsgd.report.drawing import to_svg
 
 CLASSES = {"cat": (0.9, 100), "dog": (0.5, 100), "owl": (None, 0)}
 PLAN = {
@@ -130,3 +133,10 @@ def write_run(
         if content is not None:
             (folder / name).write_text(json.dumps(content))
     return folder
+
+
+def texts(figure: Figure | None) -> list[str]:
+    """What is written in a figure."""
+    assert figure is not None
+    svg = to_svg(figure, "name", is_inline=True)
+    return re.findall(r"<text[^>]*>([^<]*)</text>", svg)

@@ -5,8 +5,9 @@ there is no global state, and no window system is asked for.
 """
 
 import io
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
@@ -14,7 +15,20 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["COLORS", "LIGHT", "SERIES", "css_variables", "new_axes", "to_png", "to_svg"]
+__all__ = [
+    "COLORS",
+    "LIGHT",
+    "SERIES",
+    "add_legend",
+    "css_variables",
+    "figure_of",
+    "line_style",
+    "new_axes",
+    "series_color",
+    "short_label",
+    "to_png",
+    "to_svg",
+]
 
 # By role: the colour on light and on dark ground. Those on light ground are all
 # different, so that each can be found again in the SVG and be given its role's name.
@@ -36,6 +50,10 @@ COLORS: Final = {
 LIGHT: Final = {role: light for role, (light, _) in COLORS.items()}
 SERIES: Final = tuple(f"series-{number}" for number in range(1, 9))
 
+_LONGEST_LABEL = 34
+_LEGEND_LETTERS = 68  # in a line of a legend
+_LEGEND_ROW = 0.19  # inches
+_STYLES: Final = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)))
 _WIDTH, _HEIGHT = 4.8, 2.9  # inches, so that text stays readable on a phone
 _PNG_DPI = 200
 _STYLE: Final[dict[str, Any]] = {
@@ -81,6 +99,42 @@ def new_axes(title: str, *, height: float = _HEIGHT) -> Iterator["Axes"]:
         axes = figure.subplots()
         axes.set_title(title, pad=10)
         yield axes
+
+
+def add_legend(axes: "Axes", labels: Sequence[str]) -> None:
+    """Names the lines below the axes, in as many columns as their names allow."""
+    longest = max(len(short_label(label)) for label in labels)
+    columns = max(1, min(len(labels), _LEGEND_LETTERS // (longest + 7)))
+    rows = math.ceil(len(labels) / columns)
+    figure = figure_of(axes)
+    figure.set_figheight(figure.get_figheight() + _LEGEND_ROW * (rows - 1))
+    figure.legend(loc="outside lower left", ncols=columns, fontsize=9, handlelength=1.6)
+
+
+def series_color(rank: int) -> str:
+    """Returns the colour of a line."""
+    return LIGHT[SERIES[rank % len(SERIES)]]
+
+
+def line_style(rank: int) -> "str | tuple[int, tuple[float, ...]]":
+    """Returns the dashes of a line: another pattern once colours repeat."""
+    return _STYLES[rank // len(SERIES) % len(_STYLES)]
+
+
+def short_label(text: str, longest: int = _LONGEST_LABEL) -> str:
+    """Returns text that is not too long, and that matplotlib takes as it is."""
+    if len(text) > longest:
+        head = longest // 2 - 1
+        text = f"{text[:head]}...{text[len(text) - (longest - head - 3) :]}"
+    return text.replace("$", r"\$")
+
+
+def figure_of(axes: "Axes") -> "Figure":
+    """Returns the figure that holds axes."""
+    from matplotlib.figure import Figure
+
+    assert isinstance(axes.figure, Figure)
+    return axes.figure
 
 
 def to_png(figure: "Figure") -> bytes:

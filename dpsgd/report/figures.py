@@ -1,12 +1,20 @@
-"""The figures of a report: curves of runs, bars of classes, results of sweeps."""
+"""The figures of a report: curves of runs, and bars of classes."""
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from dpsgd.privacy import rounded_up
-from dpsgd.report.drawing import LIGHT, SERIES, new_axes
+from dpsgd.report.drawing import (
+    LIGHT,
+    add_legend,
+    figure_of,
+    line_style,
+    new_axes,
+    series_color,
+    short_label,
+)
 from dpsgd.report.outcomes import Comparison
 from dpsgd.report.runs import EvaluationLine, RunRecord
 
@@ -16,27 +24,17 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Curve",
-    "Point",
     "accuracy_figure",
     "curves_of",
     "epsilon_figure",
     "loss_figure",
     "outcomes_figure",
-    "sweep_figure",
     "throughput_figure",
     "utility_figure",
 ]
 
 _MOST_MARKED = 40  # points of a curve that are still told apart
 _MOST_BARS = 24  # groups, above which only the best and worst are drawn
-_LONGEST_LABEL = 34
-_LEGEND_LETTERS = 68  # in a line of a legend
-_LEGEND_ROW = 0.19  # inches
-_STYLES: Final = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)))
-# Largest over smallest value of an axis: of any quantity, and of one that is a scale.
-_LOGARITHMIC_FROM = (8.0, 2.0)
-_MOST_TICKS = 8
-_WIDE = 30.0  # span, above which round numbers would crowd a logarithmic axis
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,23 +50,6 @@ class Curve:
     label: str
     points: tuple[tuple[float, float], ...]
     rank: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Point:
-    """The runs of a sweep that differ in nothing but their seed.
-
-    Attributes:
-        x: Value of the key on the axis: a number, or a word.
-        mean: Of their accuracies, in [0, 1].
-        low: Lower end of the error bar, <= mean.
-        high: Upper end, >= mean.
-    """
-
-    x: float | str
-    mean: float
-    low: float
-    high: float
 
 
 def curves_of(
@@ -125,7 +106,7 @@ def _progress(
 def accuracy_figure(runs: Sequence[RunRecord]) -> "Figure | None":
     """Draws test accuracy over progress; None if nothing was evaluated."""
     curves = curves_of(runs, lambda one: one.accuracy, lambda one: one.accuracy_ema)
-    return _over_steps("Test accuracy, %", runs, curves, scale=100.0)
+    return _over_progress("Test accuracy, %", runs, curves, scale=100.0)
 
 
 def utility_figure(runs: Sequence[RunRecord]) -> "Figure | None":
@@ -143,26 +124,26 @@ def utility_figure(runs: Sequence[RunRecord]) -> "Figure | None":
             _draw(axes, curve, scale=100.0)
         axes.set_xlabel("epsilon (upper bound)")
         axes.set_xlim(left=0)
-        _legend(axes, [curve.label for curve in curves])
-        return _figure(axes)
+        add_legend(axes, [curve.label for curve in curves])
+        return figure_of(axes)
 
 
 def loss_figure(runs: Sequence[RunRecord]) -> "Figure | None":
     """Draws test loss over progress; None if nothing was evaluated."""
     curves = curves_of(runs, lambda one: one.loss, lambda one: one.loss_ema)
-    return _over_steps("Test loss, nats", runs, curves, from_zero=True)
+    return _over_progress("Test loss, nats", runs, curves, from_zero=True)
 
 
 def throughput_figure(runs: Sequence[RunRecord]) -> "Figure | None":
-    """Draws views a second over steps; None if it was not recorded."""
+    """Draws views a second over progress; None if it was not recorded."""
     curves = curves_of(runs, lambda one: one.views_per_second)
-    return _over_steps(
+    return _over_progress(
         "Throughput, views a second", runs, curves, from_zero=True, separates=True
     )
 
 
 def epsilon_figure(runs: Sequence[RunRecord]) -> "Figure | None":
-    """Draws the certified epsilon over steps; None if it is infinite or missing.
+    """Draws the certified epsilon over progress; None if it is infinite or missing.
 
     It is certified at the steps that were evaluated; between two of them the later
     one bounds it, hence the stairs.
@@ -180,7 +161,7 @@ def epsilon_figure(runs: Sequence[RunRecord]) -> "Figure | None":
             _draw_limit(axes, runs[0])
         _finish(axes, runs, curves, has_legend=len(runs) > 1)
         _start_at_zero(axes)
-        return _figure(axes)
+        return figure_of(axes)
 
 
 def outcomes_figure(comparison: Comparison | None) -> "Figure | None":
@@ -196,7 +177,7 @@ def outcomes_figure(comparison: Comparison | None) -> "Figure | None":
     shown = ranked
     if len(ranked) > _MOST_BARS:
         shown = [*ranked[:half], *ranked[-half:]]
-    title = f"Test accuracy by {_short(comparison.kind, 18)}, %"
+    title = f"Test accuracy by {short_label(comparison.kind, 18)}, %"
     with new_axes(title, height=0.9 + 0.22 * len(shown)) as axes:
         rows = range(len(shown))
         shares = [100 * one.num_right / one.num_examples for one in shown]
@@ -209,64 +190,16 @@ def outcomes_figure(comparison: Comparison | None) -> "Figure | None":
         if len(shown) < len(ranked):
             axes.axhline(half - 0.5, color=LIGHT["muted"], linestyle=(0, (4, 3)))
             axes.set_xlabel(f"best and worst {half} of {len(ranked):,}")
-        axes.set_yticks(rows, [_short(one.name, 18) for one in shown])
+        axes.set_yticks(rows, [short_label(one.name, 18) for one in shown])
         axes.tick_params(axis="y", length=0)
         axes.grid(visible=False, axis="y")
         axes.spines["left"].set_visible(False)
         axes.set_xlim(0, 100)
         axes.invert_yaxis()
-        return _figure(axes)
+        return figure_of(axes)
 
 
-def sweep_figure(
-    lines: Sequence[tuple[str, Sequence[Point]]],
-    *,
-    x_label: str,
-    is_scale: bool = False,
-) -> "Figure | None":
-    """Draws final accuracy against a swept key, with error bars.
-
-    Args:
-        lines: Label and points of each line; x values are all numbers or all words.
-        x_label: The key.
-        is_scale: Whether ratios of it are what matters, as of noise.
-    """
-    lines = [(label, points) for label, points in lines if points]
-    if not lines:
-        return None
-    ticks = _distinct([point.x for _, points in lines for point in points])
-    numbers = [x for x in ticks if not isinstance(x, str)]
-    is_numeric = len(numbers) == len(ticks)
-    with new_axes("Test accuracy, %") as axes:
-        for rank, (label, points) in enumerate(lines):
-            places = [
-                point.x if is_numeric else ticks.index(point.x) for point in points
-            ]
-            axes.errorbar(
-                places,
-                [100 * point.mean for point in points],
-                yerr=[
-                    [100 * (point.mean - point.low) for point in points],
-                    [100 * (point.high - point.mean) for point in points],
-                ],
-                color=_color(rank),
-                linestyle=_line_style(rank) if is_numeric else "none",
-                marker="o",
-                markersize=4.5,
-                capsize=3,
-                label=_short(label),
-            )
-        if is_numeric:
-            _number_axis(axes, sorted(numbers), is_scale=is_scale)
-        else:
-            _word_axis(axes, [str(x) for x in ticks])
-        axes.set_xlabel(x_label)
-        if len(lines) > 1:
-            _legend(axes, [label for label, _ in lines])
-        return _figure(axes)
-
-
-def _over_steps(
+def _over_progress(
     title: str,
     runs: Sequence[RunRecord],
     curves: Sequence[Curve],
@@ -286,7 +219,7 @@ def _over_steps(
             _start_at_zero(axes)
         if separates:
             axes.yaxis.set_major_formatter("{x:,.0f}")
-        return _figure(axes)
+        return figure_of(axes)
 
 
 def _draw(
@@ -297,12 +230,12 @@ def _draw(
     axes.plot(
         xs,
         [scale * y for y in ys],
-        color=_color(curve.rank),
-        linestyle=_line_style(curve.rank),
+        color=series_color(curve.rank),
+        linestyle=line_style(curve.rank),
         drawstyle="steps-pre" if is_stairs else "default",
         marker="o" if len(xs) <= _MOST_MARKED else "",
         markersize=3.2,
-        label=_short(curve.label),
+        label=short_label(curve.label),
     )
 
 
@@ -336,7 +269,7 @@ def _finish(
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=not in_epochs))
     axes.set_xlim(left=0)
     if has_legend:
-        _legend(axes, [curve.label for curve in curves])
+        add_legend(axes, [curve.label for curve in curves])
 
 
 def _start_at_zero(axes: "Axes") -> None:
@@ -344,78 +277,3 @@ def _start_at_zero(axes: "Axes") -> None:
     axes.update_datalim([(axes.dataLim.x0, 0.0)])
     axes.autoscale_view(scalex=False)
     axes.set_ylim(bottom=0)
-
-
-def _legend(axes: "Axes", labels: Sequence[str]) -> None:
-    """Names the lines below the axes, in as many columns as their names allow."""
-    longest = max(len(_short(label)) for label in labels)
-    columns = max(1, min(len(labels), _LEGEND_LETTERS // (longest + 7)))
-    rows = math.ceil(len(labels) / columns)
-    figure = _figure(axes)
-    figure.set_figheight(figure.get_figheight() + _LEGEND_ROW * (rows - 1))
-    figure.legend(loc="outside lower left", ncols=columns, fontsize=9, handlelength=1.6)
-
-
-def _number_axis(axes: "Axes", values: Sequence[float], *, is_scale: bool) -> None:
-    """Puts ticks where values are; logarithmic where they span much."""
-    from matplotlib.ticker import LogLocator, NullLocator
-
-    is_few = len(values) <= _MOST_TICKS
-    span = values[-1] / values[0] if values[0] > 0 else 0.0
-    if span >= _LOGARITHMIC_FROM[is_scale]:
-        axes.set_xscale("log")
-        axes.xaxis.set_minor_locator(NullLocator())
-        subs = (1.0, 3.0) if span > _WIDE else (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)
-        axes.xaxis.set_major_locator(LogLocator(subs=subs))
-        axes.xaxis.set_major_formatter("{x:,.6g}")
-    if is_few:
-        axes.set_xticks(list(values), [_tick(value) for value in values])
-
-
-def _tick(value: float) -> str:
-    """Returns a value as it stands at an axis."""
-    return f"{value:,.0f}" if float(value).is_integer() else f"{value:,.4g}"
-
-
-def _word_axis(axes: "Axes", words: Sequence[str]) -> None:
-    """Names the places of an axis, at an angle where the names are long."""
-    is_long = len(words) * max(len(word) for word in words) > 50
-    axes.set_xticks(
-        range(len(words)),
-        [_short(word, 24) for word in words],
-        rotation=30 if is_long else 0,
-        ha="right" if is_long else "center",
-        rotation_mode="anchor",
-    )
-    axes.set_xlim(-0.5, len(words) - 0.5)
-
-
-def _distinct(values: Sequence[float | str]) -> list[float | str]:
-    """Returns values without repetition, in order of their first appearance."""
-    return list(dict.fromkeys(values))
-
-
-def _color(rank: int) -> str:
-    """Returns the colour of a line."""
-    return LIGHT[SERIES[rank % len(SERIES)]]
-
-
-def _line_style(rank: int) -> "str | tuple[int, tuple[float, ...]]":
-    """Returns the dashes of a line: another pattern once colours repeat."""
-    return _STYLES[rank // len(SERIES) % len(_STYLES)]
-
-
-def _short(text: str, longest: int = _LONGEST_LABEL) -> str:
-    """Returns text that is not too long, and that matplotlib takes as it is."""
-    if len(text) > longest:
-        head = longest // 2 - 1
-        text = f"{text[:head]}...{text[len(text) - (longest - head - 3) :]}"
-    return text.replace("$", r"\$")
-
-
-def _figure(axes: "Axes") -> "Figure":
-    """Returns the figure that holds axes."""
-    from matplotlib.figure import Figure
-
-    assert isinstance(axes.figure, Figure)
-    return axes.figure

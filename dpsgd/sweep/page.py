@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 
 from dpsgd.report import RunRecord
-from dpsgd.report.figures import accuracy_figure, loss_figure, sweep_figure
+from dpsgd.report.figures import accuracy_figure, loss_figure
 from dpsgd.report.markup import Markup, element
 from dpsgd.report.page import Drawn, Report, draw, figures, page, section, table
+from dpsgd.sweep.figure import sweep_figure
 from dpsgd.sweep.groups import Group
 from dpsgd.sweep.plan import ENTRY, SEED
 from dpsgd.sweep.results import NOTE, SweepResults

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from dpsgd.report import RunRecord, read_run, to_json
-from dpsgd.report.figures import Point
 from dpsgd.report.statement import joint_epsilon
 from dpsgd.report.words import (
     NONE,
@@ -18,6 +17,7 @@ from dpsgd.report.words import (
     significant,
     steps_in_words,
 )
+from dpsgd.sweep.figure import Point
 from dpsgd.sweep.folder import RunState, SweepFolder
 from dpsgd.sweep.groups import Group, group_of, without_seed
 from dpsgd.sweep.plan import ENTRY, RECORDED, SEED, STEPS, SweepPlan, SweepRun

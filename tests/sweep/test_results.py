@@ -10,8 +10,8 @@ import pytest
 from made_up_runs import NO_MECHANISM, WITHOUT_PRIVACY, result, write_run
 from sweep_runs import leave_run
 
-from dpsgd.report.figures import Point
 from dpsgd.report.intervals import wilson_interval
+from dpsgd.sweep.figure import Point
 from dpsgd.sweep.folder import SweepFolder
 from dpsgd.sweep.page import sweep_report
 from dpsgd.sweep.plan import SweepPlan, read_sweep
