@@ -39,7 +39,8 @@ from dpsgd.errors import UserError
 from dpsgd.models.nf_resnet import nf_resnet_design
 from dpsgd.parallel import Ranks, joined
 from dpsgd.report import to_json
-from dpsgd.train import Run, TrainState, train_step
+from dpsgd.run import Run, TrainState
+from dpsgd.train import train_step
 from dpsgd.trees import Params, num_elements, sha256
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))

@@ -38,7 +38,8 @@ from dpsgd.data import LoadAhead
 from dpsgd.errors import ConfigError, UserError, fault
 from dpsgd.parallel import Layout, joined
 from dpsgd.report import to_json
-from dpsgd.train import Run, TrainState, train_step
+from dpsgd.run import Run, TrainState
+from dpsgd.train import train_step
 from dpsgd.trees import Params, zeros_like
 
 WARM_UPS = 2

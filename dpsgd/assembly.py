@@ -45,7 +45,7 @@ from dpsgd.resumption import (
     with_microbatch_size,
 )
 from dpsgd.rng import RandomStreams
-from dpsgd.train import Run, TrainState
+from dpsgd.run import Run, TrainState
 from dpsgd.trees import Params, num_elements
 from dpsgd.weights import Initialization, fit, read_weights
 
@@ -96,8 +96,7 @@ def assemble(
         check_same_run(checkpoint, identity)
         config = with_microbatch_size(config, checkpoint)
     plan = _plan(config, splits, checkpoint, ranks)
-    if plan.device.index is not None:  # kernels run on the current device
-        torch.cuda.set_device(plan.device)
+    _work_on(plan.device)
     feed = feed_of(config, splits.train)
     arithmetic = arithmetic_of(
         plan, config, features=feed.features, decoder=feed.decoder, num_ranks=ranks.size
@@ -105,8 +104,8 @@ def assemble(
     streams = _streams(config, plan, arithmetic, checkpoint, shown_step, ranks)
     model = _begun_network(config, plan, splits, streams)
     frozen = frozen_tensors(model)
-    is_recorded = execution_of(config, plan) == "cuda_graph"
-    layout, params = laid_out(model, ranks, config.runtime.parallel, stays=is_recorded)
+    stays = execution_of(config, plan) == "cuda_graph"
+    layout, params = laid_out(model, ranks, config.runtime.parallel, stays=stays)
     state = _initial_state(config, params)
     if checkpoint is not None:
         restore_state(state, frozen, checkpoint, layout)
@@ -151,6 +150,12 @@ def load_network(
     model = _network(config, facts, splits)
     check_shapes("weights", params, model.state_dict())
     return model.to(device), facts.class_names
+
+
+def _work_on(device: torch.device) -> None:
+    """Makes a GPU the current device, as kernels run there."""
+    if device.index is not None:
+        torch.cuda.set_device(device)
 
 
 def _network(config: Config, facts: PublicFacts, splits: DataSplits) -> nn.Module:

@@ -35,14 +35,8 @@ from dpsgd.data import (
 from dpsgd.errors import ConfigError, fault
 from dpsgd.optim import learning_rate_at
 from dpsgd.privacy import AuditResult, examine
-from dpsgd.train import (
-    EvaluationRecord,
-    Observer,
-    Run,
-    StepRecord,
-    TrainState,
-    train,
-)
+from dpsgd.run import EvaluationRecord, Observer, Run, StepRecord, TrainState
+from dpsgd.train import train
 from dpsgd.trees import zeros_like
 
 __all__ = ["audit", "audited_config"]

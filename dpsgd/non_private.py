@@ -17,7 +17,7 @@ from dpsgd.clipping import Execution, LossFn, PassStatistics, RecordedPass
 from dpsgd.errors import ConfigError, fault
 from dpsgd.optim import update_ema_
 from dpsgd.rng import RandomStreams
-from dpsgd.train import Run, TrainState
+from dpsgd.run import Run, TrainState
 from dpsgd.trees import Params, zeros_like
 
 __all__ = ["NonPrivateStep", "ShuffledSampler", "SummedGrad"]

@@ -8,7 +8,7 @@ from torch import Tensor
 from dpsgd.checkpoint import Checkpoint, CheckpointStore, differences
 from dpsgd.errors import CheckpointError
 from dpsgd.parallel import Layout
-from dpsgd.train import TrainState
+from dpsgd.run import TrainState
 from dpsgd.trees import Params
 
 __all__ = ["check_shapes", "restore_state", "save_state"]

@@ -34,7 +34,7 @@ from dpsgd.data import PoissonSampler
 from dpsgd.kernels import add_gaussian_noise_
 from dpsgd.parallel import Layout, Ranks
 from dpsgd.privacy import DPSGDMechanism, Phase
-from dpsgd.train import Run, TrainState
+from dpsgd.run import Run, TrainState
 from dpsgd.trees import Params
 
 Patch = pytest.MonkeyPatch

@@ -23,7 +23,7 @@ from dpsgd.assembly import assemble
 from dpsgd.checkpoint import CheckpointStore
 from dpsgd.parallel import Ranks, joined
 from dpsgd.privacy import EpsilonBound, PRVAccountant
-from dpsgd.train import Run, TrainState
+from dpsgd.run import Run, TrainState
 from dpsgd.trees import Params
 
 _FROM_SERVER = multiprocessing.get_context("forkserver")

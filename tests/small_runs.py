@@ -23,7 +23,7 @@ from dpsgd.cli import evaluate, train
 from dpsgd.config import Config, parse_config
 from dpsgd.planning import Plan
 from dpsgd.privacy import EpsilonBound, PRVAccountant
-from dpsgd.train import Run, TrainState
+from dpsgd.run import Run, TrainState
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMES = {

@@ -12,7 +12,7 @@ from dpsgd.audit import audit, audited_config
 from dpsgd.data import DataSplits, ImageDataset, load_datasets
 from dpsgd.errors import ConfigError
 from dpsgd.privacy import AuditResult
-from dpsgd.train import Run
+from dpsgd.run import Run
 
 SMALL = {
     "model.name": "convnet",

@@ -22,7 +22,8 @@ from dpsgd.models import (
 from dpsgd.models.nf_resnet import nf_resnet_design
 from dpsgd.models.norm_free import NormFreeNetwork
 from dpsgd.rng import RandomStreams
-from dpsgd.train import Run, TrainState, train_step
+from dpsgd.run import Run, TrainState
+from dpsgd.train import train_step
 from dpsgd.trees import Params, zeros_like
 
 CHANGES = {

@@ -29,7 +29,8 @@ from dpsgd.errors import BudgetExceededError, UserError
 from dpsgd.kernels import add_gaussian_noise_
 from dpsgd.models import build_model, initialize, per_example_loss
 from dpsgd.privacy import PrivacyLedger, PRVAccountant
-from dpsgd.train import EvaluationRecord, Run, StepRecord, TrainState, train, train_step
+from dpsgd.run import EvaluationRecord, Run, StepRecord, TrainState
+from dpsgd.train import train, train_step
 from dpsgd.trees import Params
 
 UNPROTECTED = {

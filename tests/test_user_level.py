@@ -30,7 +30,8 @@ from dpsgd.models import (
     per_user_loss,
     trainable_params,
 )
-from dpsgd.train import Run, TrainState, train, train_step
+from dpsgd.run import Run, TrainState
+from dpsgd.train import train, train_step
 from dpsgd.trees import Params
 
 # Float32 rounding of sums of some ten gradients of norm 1.

@@ -26,7 +26,7 @@ from dpsgd.optim import Optimizer
 from dpsgd.parallel import Ranks, laid_out
 from dpsgd.privacy import DPSGDMechanism, PrivacyLedger, PRVAccountant
 from dpsgd.rng import RandomStreams
-from dpsgd.train import Run, TrainState
+from dpsgd.run import Run, TrainState
 from dpsgd.trees import Params
 
 GAIN = 100.0

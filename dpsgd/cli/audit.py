@@ -26,7 +26,7 @@ from dpsgd.report import (
     save_audit_plot,
     to_json,
 )
-from dpsgd.train import EvaluationRecord, Run, StepRecord
+from dpsgd.run import EvaluationRecord, Run, StepRecord
 
 __all__ = ["main"]
 

@@ -44,7 +44,8 @@ from dpsgd.report import (
     result_table,
     to_json,
 )
-from dpsgd.train import EvaluationRecord, Outcome, Run, StepRecord, TrainState, train
+from dpsgd.run import EvaluationRecord, Outcome, Run, StepRecord, TrainState
+from dpsgd.train import train
 from dpsgd.trees import Params
 
 __all__ = ["main"]
