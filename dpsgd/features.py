@@ -36,7 +36,7 @@ from dpsgd.trees import Params, sha256
 __all__ = ["FeatureCache", "FeatureLoader"]
 
 _FIELD = "runtime.feature_cache"
-_FORMAT = 1
+_FORMAT = 2  # 1 had views by row
 _VIEWS_PER_PASS = 512
 _OF_VIEWS = (
     "augmentation",

@@ -79,14 +79,16 @@ def test_training_on_the_cache_is_training_without_it(
     assert stat.S_IMODE(cache.stat().st_mode) == 0o600  # as private as the data
 
 
-def test_views_are_fixed_by_row_and_number_alone(source: Path, tmp_path: Path) -> None:
-    config = small_config(VIEWS)
+@pytest.mark.parametrize("mixed", [0, 1])
+def test_views_are_fixed_by_image_and_number_alone(
+    source: Path, tmp_path: Path, mixed: int
+) -> None:
+    config = small_config({**VIEWS, "data.mixed_views": mixed})
     dataset = load_datasets(config.data).train
 
-    def loader(seed: int, rows: int) -> ViewLoader:
-        images = dataset.images[:rows], dataset.labels[:rows]
+    def loader(seed: int, rows: slice) -> ViewLoader:
         return ViewLoader(
-            ImageDataset(images=images[0], labels=images[1]),
+            ImageDataset(images=dataset.images[rows], labels=dataset.labels[rows]),
             config=config.data,
             streams=RandomStreams.from_seed(seed),
             microbatch_size=4,
@@ -94,15 +96,19 @@ def test_views_are_fixed_by_row_and_number_alone(source: Path, tmp_path: Path) -
             device=torch.device("cpu"),
         )
 
-    def views(seed: int, step: int, *drawn: int, rows: int = 50) -> torch.Tensor:
-        (batch,) = loader(seed, rows)(np.array(drawn), step)
+    def views(
+        seed: int, step: int, *drawn: int, held: slice = slice(50)
+    ) -> torch.Tensor:
+        (batch,) = loader(seed, held)(np.array(drawn), step)
         return batch[0][: len(drawn)]
 
     first = views(0, 0, 3, 7, 20)
     assert first.shape == (3, 3, 1, 8, 8)
     assert not torch.equal(first[0, 0], first[0, 1])
     assert torch.equal(views(1, 9, 7, 20), first[1:])  # other run, step and draw
-    assert torch.equal(views(0, 0, 3, 7, rows=40), first[:2])  # fewer examples held
+    assert torch.equal(views(0, 0, 3, 7, held=slice(40)), first[:2])
+    # One example less moves the others up; their views stay theirs.
+    assert torch.equal(views(0, 0, 2, 6, 19, held=slice(1, 50)), first)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from torch import Tensor
 from dpsgd import kernels
 from dpsgd.config import AugmentationName
 from dpsgd.data.dataset import upload
+from dpsgd.data.fixed_views import FixedNumbers
 from dpsgd.errors import ConfigError, fault
 
 __all__ = [
@@ -115,7 +116,7 @@ class ViewParameters:
 
 
 def draw_views(
-    rng: np.random.Generator,
+    rng: np.random.Generator | FixedNumbers,
     num_examples: int,
     *,
     augmentation: str,
@@ -130,7 +131,7 @@ def draw_views(
     example, so that appending one leaves the views of those before it as they were.
 
     Args:
-        rng: The stream `augmentation` of this step.
+        rng: The stream `augmentation` of this step, or what stands for it.
         num_examples: R >= 0, the size of the draw.
         augmentation: A value of `data.augmentation`.
         crop_padding: Pixels mirrored around the image, >= 0; unused without a crop.
@@ -167,7 +168,9 @@ def draw_views(
     )
 
 
-def _draw_parts(rng: np.random.Generator, shape: tuple[int, int]) -> ViewParameters:
+def _draw_parts(
+    rng: np.random.Generator | FixedNumbers, shape: tuple[int, int]
+) -> ViewParameters:
     """Draws views that each show a part of the image of their own."""
     numbers = torch.from_numpy(rng.random((*shape, 1 + _NUMBERS_OF_A_CROP)))
     return ViewParameters(

@@ -18,6 +18,7 @@ from dpsgd.data.augmentation import (
     pixel_levels,
 )
 from dpsgd.data.dataset import Dataset, upload
+from dpsgd.data.fixed_views import FixedNumbers
 from dpsgd.data.mixtures import draw_mixtures, mix_views
 from dpsgd.data.sampling import microbatches
 from dpsgd.data.users import UserExamples
@@ -27,8 +28,7 @@ __all__ = ["LoadViews", "Share", "UserViewLoader", "ViewLoader", "everything"]
 
 Share = Callable[[int], slice]
 
-# Which views an example has need not be secret; other runs then find them the same.
-_SEED_OF_FIXED_VIEWS = 0
+_Numbers = np.random.Generator | FixedNumbers
 
 
 def everything(count: int) -> slice:
@@ -65,7 +65,8 @@ class ViewLoader:
     Args:
         dataset: Training examples.
         config: Augmentation, its multiplicity, and normalisation constants. With
-            `fixed_views` an example has the same views in every step.
+            `fixed_views` an example has the same views in every step, which follow
+            from its image alone.
         streams: Streams of the run, of which `augmentation` is used, `mixing` if
             views are mixed, and `stochastic_depth` if there are draws.
         microbatch_size: Examples M of every microbatch; the last one is padded.
@@ -102,13 +103,13 @@ class ViewLoader:
         self._draws_per_view = draws_per_view
         self._device = device
         self._share = share
-        self._fixed: ViewParameters | None = None
+        self._keys: NDArray[np.uint64] | None = None
 
     def holding(self, dataset: Dataset) -> Self:
         """Returns a loader of other examples, the same in all else."""
         other = copy.copy(self)
         other._dataset = dataset
-        other._fixed = None
+        other._keys = None
         return other
 
     def __call__(
@@ -168,11 +169,16 @@ class ViewLoader:
     def _parameters(self, draw: NDArray[np.int64], step: int) -> ViewParameters:
         """Returns the views of all examples of a step."""
         if not self._config.fixed_views:
-            return self._drawn(self._streams, step, len(draw))
-        if self._fixed is None:
-            streams = RandomStreams.from_seed(_SEED_OF_FIXED_VIEWS)
-            self._fixed = self._drawn(streams, 0, len(self._dataset))
-        return self._fixed.of(torch.from_numpy(draw))
+            augmentation = self._streams.generator("augmentation", step)
+            return self._drawn(
+                len(draw), augmentation, self._streams.generator("mixing", step)
+            )
+        if self._keys is None:
+            self._keys = self._dataset.image_keys()
+        keys = self._keys[draw]
+        return self._drawn(
+            len(draw), FixedNumbers(keys, stream=0), FixedNumbers(keys, stream=1)
+        )
 
     def _uniforms(
         self, num_drawn: int, own: slice, step: int, *, padded_length: int
@@ -194,13 +200,13 @@ class ViewLoader:
         return (upload(torch.from_numpy(uniforms), self._device),)
 
     def _drawn(
-        self, streams: RandomStreams, step: int, num_examples: int
+        self, num_examples: int, augmentation: _Numbers, mixing: _Numbers
     ) -> ViewParameters:
         """Draws the views of examples, as configured; mixtures are the last of them."""
         config = self._config
         num_views = config.augmentation_multiplicity - config.mixed_views
         parameters = draw_views(
-            streams.generator("augmentation", step),
+            augmentation,
             num_examples,
             augmentation=config.augmentation,
             crop_padding=config.crop_padding,
@@ -210,10 +216,7 @@ class ViewLoader:
         if config.mixed_views == 0:
             return parameters
         mixtures = draw_mixtures(
-            streams.generator("mixing", step),
-            num_examples,
-            num_views=num_views,
-            num_mixed=config.mixed_views,
+            mixing, num_examples, num_views=num_views, num_mixed=config.mixed_views
         )
         return dataclasses.replace(parameters, mixtures=mixtures)
 

@@ -8,6 +8,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dpsgd.data.labels import check_labels
@@ -73,6 +74,13 @@ class Dataset(Protocol):
 
     def fingerprint(self) -> str:
         """Returns what tells these examples from others; private like them."""
+        ...
+
+    def image_keys(self) -> NDArray[np.uint64]:
+        """Returns (N,) numbers that each follow from one image, and from nothing else.
+
+        Private like the images: never publish them.
+        """
         ...
 
     def placed(self, device: torch.device | str, *, num_workers: int = 0) -> "Dataset":
@@ -229,6 +237,12 @@ class ImageDataset:
         return dataclasses.replace(
             self, images=self.images.to(device), labels=self.labels.to(device)
         )
+
+    def image_keys(self) -> NDArray[np.uint64]:
+        """Returns (N,) BLAKE2b hashes of the pixels, of 64 bits; private like them."""
+        images = self.images.cpu().contiguous().numpy()
+        hashes = (hashlib.blake2b(one, digest_size=8).digest() for one in images)
+        return np.frombuffer(b"".join(hashes), "<u8").astype(np.uint64)
 
     def fingerprint(self) -> str:
         """Returns the SHA-256 of shape, images, labels and users, in hexadecimal.

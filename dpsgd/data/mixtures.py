@@ -4,11 +4,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dpsgd.data.fixed_views import FixedNumbers
+
 __all__ = ["draw_mixtures", "mix_views"]
 
 
 def draw_mixtures(
-    rng: np.random.Generator, num_examples: int, *, num_views: int, num_mixed: int
+    rng: np.random.Generator | FixedNumbers,
+    num_examples: int,
+    *,
+    num_views: int,
+    num_mixed: int,
 ) -> Tensor:
     """Draws which two views of an example are mixed, and how.
 
@@ -16,7 +22,7 @@ def draw_mixtures(
     one leaves the mixtures of those before it as they were.
 
     Args:
-        rng: The stream `mixing` of this step.
+        rng: The stream `mixing` of this step, or what stands for it.
         num_examples: R >= 0, the size of the draw.
         num_views: Views V of each example, >= 2.
         num_mixed: Mixtures X of each example, >= 1.

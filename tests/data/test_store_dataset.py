@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import signal
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -407,3 +408,18 @@ def test_the_fingerprint_of_a_data_set_tells_images_and_classes(
 
     assert splits.train.fingerprint() == same.fingerprint()
     assert splits.train.fingerprint() != splits.test.fingerprint()
+
+
+def test_images_have_keys_of_their_own(folder: Path) -> None:
+    dataset = load_datasets(settings(folder)).train
+    assert isinstance(dataset, StoreDataset)
+    keys = dataset.image_keys()
+
+    expected = [zlib.crc32(dataset.store.read(row)) for row in range(20)]
+    assert keys.tolist() == expected
+    pixels = torch.arange(36, dtype=torch.uint8).reshape(3, 3, 2, 2)
+    twice = torch.cat([pixels, pixels[1:]])
+    labels = torch.zeros(5, dtype=torch.int64)
+    first, *others = ImageDataset(images=twice, labels=labels).image_keys().tolist()
+    assert others == [*others[:2], *others[:2]]
+    assert len({first, *others}) == 3

@@ -90,5 +90,5 @@ class DataConfig:
     weights (self-mixup, Bao et al. 2023): like other views, they cost no privacy."""
 
     fixed_views: bool = False
-    """Give an example the same K views in every step and every run, by its row and
+    """Give an example the same K views in every step and every run, by its image and
     their number alone, so that their features can be cached."""

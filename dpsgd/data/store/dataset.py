@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dpsgd.config import DataConfig
@@ -74,6 +76,10 @@ class StoreDataset:
     def decoder(self) -> str:
         """The libraries that decode, with versions."""
         return decoder_version()
+
+    def image_keys(self) -> NDArray[np.uint64]:
+        """Returns (N,) CRC-32 checksums of the encoded images; private like them."""
+        return self.store.checksums.astype(np.uint64)
 
     def fingerprint(self) -> str:
         """Returns a SHA-256 of checksums and labels of all images; private like them.

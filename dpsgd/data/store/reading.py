@@ -68,6 +68,11 @@ class Store:
     def __len__(self) -> int:
         return len(self._records)
 
+    @property
+    def checksums(self) -> NDArray[np.uint32]:
+        """(N,) CRC-32 of each image as it was encoded."""
+        return self._records["checksum"].astype(np.uint32)
+
     def place(self, index: int) -> str:
         """Returns how messages call an image."""
         return f"{self.path}, index {index}"
