@@ -204,7 +204,10 @@ class GhostLinear(LayerGrads):
 
     def squared_norms(self) -> Tensor:
         """Returns squared norms, with a bound on the rounding of terms that cancel."""
-        terms = (self._x @ self._x.mT) * (self._grad_y @ self._grad_y.mT)  # (M, K, K)
+        # Rows near 1: Gram matrices of tiny x and huge grad_y would be 0 and inf.
+        (x, sizes_x), (grad_y, sizes_y) = map(_near_one, (self._x, self._grad_y))
+        sizes = sizes_x * sizes_y  # (M, K, 1)
+        terms = (x @ x.mT) * (grad_y @ grad_y.mT) * sizes * sizes.mT  # (M, K, K)
         eps = torch.finfo(terms.dtype).eps
         bound = ROUNDINGS * eps * terms.abs().sum((1, 2))
         squares: Tensor = terms.sum((1, 2)).clamp(min=0) + bound
@@ -220,6 +223,14 @@ class GhostLinear(LayerGrads):
     def stored(self) -> tuple[Tensor, ...]:
         """Returns (M, O, I)."""
         return (torch.einsum("mko,mki->moi", self._grad_y, self._x),)
+
+
+def _near_one(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns rows (..., I) over powers of two, exactly, and those (..., 1)."""
+    largest = rows.abs().amax(-1, keepdim=True)
+    exponents = torch.frexp(largest.float()).exponent.clamp(-126, 126)
+    ones = torch.ones_like(largest)
+    return rows * torch.ldexp(ones, -exponents), torch.ldexp(ones, exponents)
 
 
 def _by_example(images: Tensor, num_examples: int) -> Tensor:

@@ -307,6 +307,20 @@ def test_a_ghost_norm_is_not_below_the_norm_of_what_is_added() -> None:
     assert float(rule.squared_norms()) >= float(added.double().square().sum())
 
 
+@pytest.mark.parametrize("exponent", [-24, -21, 0, 18])
+def test_a_ghost_norm_is_right_where_gram_matrices_would_not_fit(exponent: int) -> None:
+    x, grad_y = torch.randn(2, 4, 5) * 10.0**exponent, torch.randn(2, 4, 3)
+    grad_y *= 10.0 ** -(exponent + 3)  # gradients of about 1e-3
+    x[0, 1], grad_y[1, 2] = 0, 0
+    record = LinearRecord(torch.zeros(3, 5), x.flatten(0, 1), grad_y.flatten(0, 1))
+    found = norm_rules.GhostLinear(record, 2).squared_norms()
+
+    expected = torch.einsum("mko,mki->moi", grad_y.double(), x.double())
+    squares = expected.square().sum((1, 2))
+    torch.testing.assert_close(found.double(), squares, rtol=1e-4, atol=0)
+    assert (found.double() >= squares).all()
+
+
 def test_stored_gradients_are_rounded_before_they_are_measured() -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(4, 3, 5, 5, generator=generator).bfloat16()
