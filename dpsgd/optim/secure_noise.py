@@ -113,5 +113,6 @@ class SecureNoise:
             part = noise[start : start + total.numel()].view(total.shape)
             start += total.numel()
             total.div_(self.spacing).round_()
-            # A sum of two whole numbers, rounded once: a function of their sum alone.
-            total.add_(part.to(total.device)).mul_(self.spacing)
+            # A sum of two whole numbers, rounded once: a function of their sum alone,
+            # once 0 has one sign.
+            total.add_(part.to(total.device)).add_(0.0).mul_(self.spacing)

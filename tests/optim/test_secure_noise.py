@@ -111,6 +111,16 @@ def test_what_is_released_lies_on_the_grid_whatever_the_sum() -> None:
         assert len(units.unique()) > 0.999 * SIZE
 
 
+def test_zero_has_one_sign_whatever_the_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        secure_noise, "rounded_gaussian", lambda count, std, **_: -np.zeros(count)
+    )
+    total = {"a": torch.tensor([-1e-30, 0.0, -0.0, 1e-30], dtype=torch.float64)}
+    noise().add_(total)
+
+    assert not torch.signbit(total["a"]).any()
+
+
 def test_noise_is_gaussian_with_the_standard_deviation_and_new_in_every_leaf() -> None:
     made = noise()
     total = {"a": torch.zeros(20_000).double(), "b": torch.zeros(20_000).double()}
