@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "EncodedImage",
+    "check_held_once",
     "decode_images",
     "opened_as_rgb",
     "resolve",
@@ -78,8 +79,9 @@ def resolve_splits(
     """Resolves `data.train` and `data.test` to existing paths.
 
     Each is a path, a glob, or a list of them; a list keeps its order and a glob is
-    sorted. No path may occur twice: an example held twice would weigh twice, which
-    the clipping norm does not bound, and a test set shared with training is not public.
+    sorted. No file may occur twice, under whatever names: an example held twice would
+    weigh twice, which the clipping norm does not bound, and a test set shared with
+    training is not public.
 
     Args:
         config: The section `data`.
@@ -87,24 +89,50 @@ def resolve_splits(
 
     Raises:
         ConfigError: `data.train` or `data.test` is not given.
-        DataError: A path does not exist, a folder is empty, or a path occurs twice.
+        DataError: A path does not exist, a folder is empty, or a file occurs twice.
     """
     train = resolve("data.train", config.train, shard_suffix=shard_suffix)
     test = resolve("data.test", config.test, shard_suffix=shard_suffix)
-    seen: set[Path] = set()
-    for field, paths in (("data.train", train), ("data.test", test)):
-        for path in paths:
-            real = path.resolve()
-            if real in seen:
-                message = fault(
-                    field,
-                    path,
-                    "is given twice, in data.train or in both",
-                    "name each file once, and keep test files apart",
-                )
-                raise DataError(message)
-            seen.add(real)
+    check_held_once(
+        [*(("data.train", path) for path in train), *(("data.test", p) for p in test)],
+        rule="is given twice, in data.train or in both",
+        remedy="name each file once, and keep test files apart",
+    )
     return train, test
+
+
+def check_held_once(
+    held: Iterable[tuple[str, Path]],
+    *,
+    rule: str = "is held twice, through overlapping folders or links",
+    remedy: str = "name each file once",
+) -> None:
+    """Refuses a file held twice, which would double what an example weighs.
+
+    Guarantees:
+        No two paths lead to one file: neither by the same name, nor by symbolic links,
+        nor by hard links.
+
+    Args:
+        held: Setting and path of every file or folder.
+        rule: What the message says of the second path.
+        remedy: What it says to do.
+
+    Raises:
+        DataError: A file is held twice, or is not there; named.
+    """
+    seen: set[tuple[int, int]] = set()
+    for field, path in held:
+        try:
+            status = path.stat()
+        except OSError as error:
+            told = f"cannot be read ({error.strerror})"
+            remedy = "restore or remove the file"
+            raise DataError(fault(field, path, told, remedy)) from error
+        identity = status.st_dev, status.st_ino
+        if identity in seen:
+            raise DataError(fault(field, path, rule, remedy))
+        seen.add(identity)
 
 
 def decode_images(encoded: Iterable[EncodedImage], count: int) -> Tensor:

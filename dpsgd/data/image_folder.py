@@ -7,7 +7,13 @@ import torch
 
 from dpsgd.config import DataConfig
 from dpsgd.data.dataset import DataSplits, ImageDataset
-from dpsgd.data.files import EncodedImage, decode_images, resolve, resolve_splits
+from dpsgd.data.files import (
+    EncodedImage,
+    check_held_once,
+    decode_images,
+    resolve,
+    resolve_splits,
+)
 from dpsgd.errors import DataError, fault
 
 __all__ = ["FolderImages", "list_folders", "load_folder_images", "load_image_folder"]
@@ -30,13 +36,15 @@ def load_image_folder(config: DataConfig) -> DataSplits:
     Raises:
         ConfigError: `data.train` or `data.test` is not given.
         DataError: There is no such folder, a class is empty or in one split only, or
-            an image is damaged or unlike the others; the message names it.
+            an image is damaged, unlike the others or held twice, in one split or in
+            both; the message names it.
     """
     train_roots, test_roots = resolve_splits(config, shard_suffix=None)
-    return DataSplits(
-        train=_load_split("data.train", train_roots),
-        test=_load_split("data.test", test_roots),
-    )
+    train = list_folders("data.train", train_roots)
+    test = list_folders("data.test", test_roots)
+    images = [*train.encoded, *test.encoded]
+    check_held_once((image.field, Path(image.place)) for image in images)
+    return DataSplits(train=_decoded(train), test=_decoded(test))
 
 
 class FolderImages(NamedTuple):
@@ -68,29 +76,18 @@ def list_folders(field: str, roots: list[Path]) -> FolderImages:
         encoded += [EncodedImage(path, field, str(path)) for path in paths]
         labels += [index[folder.name]] * len(paths)
         held += paths
-    _check_held_once(field, held)
+    check_held_once((field, path) for path in held)
     return FolderImages(encoded, labels, tuple(class_names))
 
 
-def _load_split(field: str, roots: list[Path]) -> ImageDataset:
-    """Loads all images under the roots of one split."""
-    encoded, labels, class_names = list_folders(field, roots)
+def _decoded(images: FolderImages) -> ImageDataset:
+    """Returns the images of one split, decoded."""
+    encoded, labels, class_names = images
     return ImageDataset(
         images=decode_images(encoded, len(labels)),
         labels=torch.tensor(labels, dtype=torch.int64),
         class_names=class_names,
     )
-
-
-def _check_held_once(field: str, paths: list[Path]) -> None:
-    """Raises if a file is held twice, which would double an example's influence."""
-    seen: set[Path] = set()
-    for path in paths:
-        real = path.resolve()
-        if real in seen:
-            rule = "is held twice, through overlapping folders or links"
-            raise DataError(fault(field, path, rule, "name each image once"))
-        seen.add(real)
 
 
 def _class_folders(field: str, root: Path) -> list[Path]:
@@ -144,4 +141,4 @@ def load_folder_images(field: str, value: str) -> tuple[ImageDataset, list[str]]
         for folder in _class_folders(field, root)
         for path in _image_paths(field, folder)
     ]
-    return _load_split(field, roots), places
+    return _decoded(list_folders(field, roots)), places

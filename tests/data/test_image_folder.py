@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -109,9 +110,19 @@ def test_one_folder_for_training_and_test_is_refused(root: Path) -> None:
         load(str(root / "train"), str(root / "train"))
 
 
-def test_an_image_that_is_held_twice_is_refused(root: Path) -> None:
-    link = root / "train" / "dog" / "again.png"
-    link.symlink_to(root / "train" / "dog" / "a.png")
+@pytest.mark.parametrize("make", [Path.symlink_to, Path.hardlink_to])
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_an_image_that_is_held_twice_is_refused(
+    root: Path, split: str, make: Callable[[Path, Path], None]
+) -> None:
+    make(root / split / "dog" / "again.png", root / "train" / "dog" / "a.png")
 
-    with pytest.raises(DataError, match=r"data\.train=.*: is held twice"):
+    with pytest.raises(DataError, match=rf"data\.{split}=.*again\.png: is held twice"):
+        load(str(root / "train"), str(root / "test"))
+
+
+def test_a_link_to_no_file_is_named(root: Path) -> None:
+    (root / "train" / "dog" / "c.png").symlink_to(root / "nothing.png")
+
+    with pytest.raises(DataError, match=r"data\.train=.*c\.png: cannot be read \(No"):
         load(str(root / "train"), str(root / "test"))

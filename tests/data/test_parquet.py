@@ -1,7 +1,7 @@
 import io
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -284,11 +284,14 @@ def test_train_and_test_must_be_given(tmp_path: Path) -> None:
         load_datasets(DataConfig(source="parquet", train=test))
 
 
-def test_a_file_given_twice_is_refused(shards: tuple[np.ndarray, Path]) -> None:
+@pytest.mark.parametrize("make", [Path.symlink_to, Path.hardlink_to])
+def test_a_file_given_twice_is_refused(
+    shards: tuple[np.ndarray, Path], make: Callable[[Path, Path], None]
+) -> None:
     _, root = shards
     first = root / "train" / "train-0.parquet"
     link = root / "link.parquet"
-    link.symlink_to(first)
+    make(link, first)
     test = str(root / "test.parquet")
     for train in ((str(first), str(root / "train")), (str(first), str(link))):
         with pytest.raises(DataError, match=r"data\.train=.*is given twice"):

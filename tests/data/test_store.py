@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,18 @@ def test_a_store_of_parquet_files_holds_their_images(tmp_path: Path) -> None:
         "a.parquet, row 2",
         *(f"b.parquet, row {row}" for row in range(4)),
     ]
+
+
+@pytest.mark.parametrize("make", [Path.symlink_to, Path.hardlink_to])
+def test_a_file_under_two_names_is_not_packed_twice(
+    tmp_path: Path, make: Callable[[Path, Path], None]
+) -> None:
+    write_parquet(tmp_path / "a.parquet", owner=["x"] * 3)
+    make(tmp_path / "b.parquet", tmp_path / "a.parquet")
+
+    for source in (tmp_path, tmp_path / "*.parquet"):
+        with pytest.raises(DataError, match=r"SOURCE=.*b\.parquet: is held twice"):
+            open_source(str(source))
 
 
 def test_a_digest_of_content_is_of_the_images_in_their_order_alone(

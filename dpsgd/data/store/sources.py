@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpsgd.config import DataConfig
-from dpsgd.data.files import EncodedImage, resolve
+from dpsgd.data.files import EncodedImage, check_held_once, resolve
 from dpsgd.data.image_folder import list_folders
 from dpsgd.data.parquet import ParquetImages
 
@@ -76,12 +76,13 @@ def open_source(
         label_column: Parquet column of labels; found by its type when None.
 
     Raises:
-        UserError: It is missing, or unlike what is expected; named.
+        UserError: It is missing, held twice, or unlike what is expected; named.
     """
     path = Path(source).expanduser()
     if path.is_dir() and not any(path.glob("*.parquet")):
         return _of_folder(field, path)
     paths = resolve(field, source, shard_suffix=".parquet")
+    check_held_once((field, path) for path in paths)
     columns = DataConfig(
         source="parquet", image_column=image_column, label_column=label_column
     )
