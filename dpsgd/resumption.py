@@ -11,10 +11,13 @@ import dataclasses
 import functools
 import hashlib
 import json
+import os
+import platform
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_type_hints
 
+import numpy as np
 import torch
 
 from dpsgd.checkpoint import Checkpoint, differences
@@ -40,6 +43,12 @@ _MOST_REPEATABLE_RANKS = 2
 # the pieces of a run; everything else decides what is learned or guaranteed.
 _MAY_CHANGE = ("runtime", "eval", "report")
 _DATA_MAY_CHANGE = ("root", "train", "test", "group_column")
+# What sets one kind of processor apart, as /proc/cpuinfo calls it on x86 and on ARM.
+_OF_PROCESSOR = frozenset(
+    {"vendor_id", "cpu family", "model", "model name", "stepping", "flags"}
+    | {"CPU implementer", "CPU variant", "CPU part", "CPU revision", "Features"}
+)
+_CHANGES_KERNELS = ("DNNL_", "MKL_", "ONEDNN_")  # how such variables begin
 _REMEDY = "go on with what the run began with, or start a new one"
 
 
@@ -134,9 +143,10 @@ def arithmetic_of(
     decoder: str | None = None,
     num_ranks: int = 1,
 ) -> dict[str, Any]:
-    """Returns what rounding depends on: equal values repeat a CPU run bit for bit.
+    """Returns what rounding and draws depend on: if equal, a CPU run is repeated.
 
-    Not so with secure noise, which is never the same twice, and on many ranks.
+    It is then, bit for bit; with a checkpoint that lacks a member, nothing is. Nor with
+    secure noise, which is never the same twice, and on many ranks.
 
     Args:
         plan: The plan.
@@ -145,12 +155,17 @@ def arithmetic_of(
         decoder: What turns encoded images into pixels, if they are not held.
         num_ranks: Processes that sum.
     """
+    # A GPU repeats nothing, so that its ranks may be on unlike machines.
+    on_cpu = plan.device.type == "cpu"
     return {
         "noise": config.privacy.noise,
         "device": str(plan.device),
         "cpu": torch.backends.cpu.get_cpu_capability(),
+        "processor": _processor() if on_cpu else None,
+        "environment": _environment() if on_cpu else None,
         "num_threads": torch.get_num_threads(),
         "torch": torch.__version__,
+        "numpy": np.__version__,
         "code": _code(),
         "microbatch_size": plan.microbatch_size,
         "engine": config.runtime.engine,
@@ -159,6 +174,30 @@ def arithmetic_of(
         "decoder": decoder,
         "parallel": config.runtime.parallel,
         "num_ranks": num_ranks,
+    }
+
+
+@functools.cache
+def _processor() -> str:
+    """Returns the kind of the CPU, by which libraries choose their kernels."""
+    unknown = f"{platform.machine()} {platform.processor()}"
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:  # not Linux
+        return unknown
+    first, _, _ = text.partition("\n\n")
+    told = [line.partition(":") for line in first.splitlines()]
+    named = {name.strip(): value.strip() for name, _, value in told}
+    kind = [f"{name}: {named[name]}" for name in sorted(_OF_PROCESSOR & named.keys())]
+    return "\n".join(kind) or unknown
+
+
+def _environment() -> dict[str, str]:
+    """Returns the variables that tell those libraries to choose otherwise."""
+    return {
+        name: value
+        for name, value in sorted(os.environ.items())
+        if name.startswith(_CHANGES_KERNELS)
     }
 
 
@@ -180,9 +219,11 @@ def continued_streams(
     """Returns the streams with which a run goes on.
 
     Guarantees:
+        No step that was shown is taken again, whatever the arithmetic: what was shown
+        is forgotten once its steps are behind, so that another resume could not tell.
         The noise key is the checkpoint's only if the steps after it are repeated bit
         for bit. Otherwise the noise gets a new key, from the operating system, which
-        is free only if nothing of the steps that are taken again was shown.
+        is free because nothing of the steps that are taken again was shown.
 
     Args:
         checkpoint: Where the run goes on.
@@ -190,9 +231,14 @@ def continued_streams(
         shown_step: Last step whose evaluation was recorded.
 
     Raises:
-        CheckpointError: Steps that were shown would be taken again with other noise,
-            and so be paid for once but released twice.
+        CheckpointError: Steps that were shown would be taken again, and so be paid
+            for once but, with other noise, released twice.
     """
+    step = checkpoint.facts["step"]
+    if shown_step > step:
+        rule = f"step {shown_step} was shown, the newest checkpoint is of step {step}"
+        remedy = "restore the newer checkpoint, or start a new run"
+        raise CheckpointError(fault("--resume", "...", rule, remedy))
     streams = RandomStreams.from_dict(checkpoint.facts["streams"])
     repeats = (
         arithmetic["device"] == "cpu"
@@ -201,11 +247,6 @@ def continued_streams(
     )
     if repeats and checkpoint.facts["arithmetic"] == dict(arithmetic):
         return streams
-    step = checkpoint.facts["step"]
-    if shown_step > step:
-        rule = f"step {shown_step} was shown, the newest checkpoint is of step {step}"
-        remedy = "restore the newer checkpoint, or start a new run"
-        raise CheckpointError(fault("--resume", "...", rule, remedy))
     return streams.with_new_noise()
 
 

@@ -324,15 +324,54 @@ def test_another_version_of_the_code_repeats_no_noise(
     assert len(noise_nonce(stopped)) == 32
 
 
-def test_steps_that_were_shown_are_not_taken_again_with_other_noise(
-    stopped: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    "patch",
+    [
+        lambda to: to.setattr("dpsgd.resumption.np.__version__", "0.0"),
+        lambda to: to.setattr("dpsgd.resumption._processor", lambda: "another"),
+        lambda to: to.setenv("ONEDNN_MAX_CPU_ISA", "SSE41"),
+        lambda to: to.setenv("MKL_CBWR", "COMPATIBLE"),
+    ],
+    ids=["numpy", "processor", "onednn", "mkl"],
+)
+def test_what_rounds_or_draws_otherwise_repeats_no_noise(
+    stopped: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    patch: Callable[[pytest.MonkeyPatch], None],
+) -> None:
+    patch(monkeypatch)
+    assert dpsgd_train("--resume", stopped) == 0
+    assert len(noise_nonce(stopped)) == 32
+
+
+def test_a_checkpoint_of_before_a_member_of_the_arithmetic_goes_on_with_new_noise(
+    stopped: Path,
+) -> None:
+    path = newest_checkpoint(stopped)
+    tensors, facts = read_tensors(path)
+    for name in ("numpy", "processor", "environment"):
+        del facts["arithmetic"][name]
+    write_tensors(path, tensors, facts)
+
+    assert dpsgd_train("--resume", stopped) == 0
+    assert len(noise_nonce(stopped)) == 32
+
+
+def test_the_kind_of_the_processor_is_told() -> None:
+    assert dpsgd.resumption._processor() == dpsgd.resumption._processor.__wrapped__()
+    assert dpsgd.resumption._processor().strip()
+
+
+@pytest.mark.parametrize("override", ["runtime.microbatch_size=5", "eval.every=2"])
+def test_steps_that_were_shown_are_not_taken_again_with_either_noise(
+    stopped: Path, capsys: pytest.CaptureFixture[str], override: str
 ) -> None:
     with (stopped / "metrics.jsonl").open("a") as file:
         file.write('{"step": 99, "test_accuracy": 0.5}\n')
     before = contents(stopped)
     capsys.readouterr()
 
-    assert dpsgd_train("--resume", stopped, "--set", "runtime.microbatch_size=5") == 2
+    assert dpsgd_train("--resume", stopped, "--set", override) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("--resume=...: step 99 was shown, the newest checkpoint is")
     assert contents(stopped) == before
