@@ -178,7 +178,8 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         device = torch.device("meta")
-    if device.type not in ("cpu", "cuda"):
+    # torch takes cpu:N, but there is one CPU, and no device to make the current one.
+    if name != "cpu" and device.type != "cuda":
         rule = "must be auto, cpu, cuda or cuda:N"
         raise ConfigError(fault("runtime.device", name, rule, "take one of them"))
     count = torch.cuda.device_count()

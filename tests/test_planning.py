@@ -143,7 +143,7 @@ def test_choose_device(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("cuda", "cuda:1"):
         with pytest.raises(ConfigError, match=f"runtime.device={name}: {rule}"):
             choose_device(name)
-    for name in ("gpu", "meta", "mps", "cuda:x"):
+    for name in ("gpu", "meta", "mps", "cuda:x", "cpu:0", "cpu:1"):
         with pytest.raises(ConfigError, match="must be auto, cpu, cuda or cuda:N"):
             choose_device(name)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
