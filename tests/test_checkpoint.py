@@ -1,4 +1,5 @@
 import errno
+import json
 import os
 import pickle
 import resource
@@ -22,6 +23,7 @@ from dpsgd.checkpoint import (
     write_tensors,
 )
 from dpsgd.errors import CheckpointError
+from dpsgd.parallel import Ranks
 
 
 def checkpoint(value: float) -> Checkpoint:
@@ -199,6 +201,65 @@ def test_missing_cut_and_foreign_files_are_refused(tmp_path: Path) -> None:
         read_tensors(path)
     with pytest.raises(CheckpointError, match="holds no checkpoint"):
         CheckpointStore(tmp_path, keep=1).newest()
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    """The folder of step 2, beside that of step 1, of the same shape."""
+    store = CheckpointStore(tmp_path, keep=2)
+    for step in (1, 2):
+        store.save_shards(step, checkpoint(step), Ranks())
+    return tmp_path / "step-00000002.shards"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b'\xff{"num_ranks": 1, "facts": {}}',
+        b"{}",
+        b"[]",
+        b"null",
+        b'{"num_ranks": 1, "fa',
+        b'{"num_ranks": 1, "facts": 1}',
+        b'{"num_ranks": "1", "facts": {}}',
+        b'{"num_ranks": 0, "facts": {}}',
+        b'{"num_ranks": 1000000000000, "facts": {}}',
+    ],
+)
+def test_a_damaged_index_of_shards_is_refused(shards: Path, content: bytes) -> None:
+    (shards / "index.json").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"02\.shards: is missing or damaged \("):
+        CheckpointStore(shards.parent, keep=2).newest()
+
+
+def test_a_shard_of_another_save_or_rank_is_refused(shards: Path) -> None:
+    name = "rank-00000.safetensors"
+    own = (shards / name).read_bytes()
+    store = CheckpointStore(shards.parent, keep=2)
+    store.save_shards(2, checkpoint(3), Ranks())
+    assert store.newest().tensors["params/w"].tolist() == [3.0] * 3
+
+    told = rf"damaged \({name} is of another save or rank\)"
+    for other in (own, (shards.parent / "step-00000001.shards" / name).read_bytes()):
+        (shards / name).write_bytes(other)
+        with pytest.raises(CheckpointError, match=told):
+            store.newest()
+    save = json.loads((shards / "index.json").read_text())["save"]
+    write_tensors(shards / name, {"w": torch.ones(1)}, {"rank": 1, "save": save})
+    with pytest.raises(CheckpointError, match=told):
+        store.newest()
+
+
+def test_shards_of_before_saves_had_a_word_are_read(shards: Path) -> None:
+    store = CheckpointStore(shards.parent, keep=2)
+    tensors, facts = dict(store.newest().tensors), store.newest().facts
+    write_tensors(shards / "rank-00000.safetensors", tensors, {"rank": 0})
+    index = {"num_ranks": 1, "facts": facts}
+    (shards / "index.json").write_text(json.dumps(index))
+
+    assert store.newest().facts == facts
+    assert store.newest().tensors["params/w"].tolist() == [2.0] * 3
 
 
 def test_differences_name_every_value() -> None:

@@ -19,6 +19,7 @@ from dpsgd.errors import CheckpointError, fault
 
 __all__ = [
     "damaged",
+    "facts_of",
     "is_ours",
     "read_tensors",
     "sync_folder",
@@ -51,14 +52,25 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            header = (file.metadata() or {}).get(_HEADER)
-            if header is None:
-                raise SafetensorError("not written by dpsgd")
-            facts = json.loads(header)
+            facts = facts_of(file.metadata())
             names = file.keys()
             return {name: file.get_tensor(name) for name in names}, facts
     except (OSError, SafetensorError, json.JSONDecodeError) as error:
         raise damaged(path, error) from error
+
+
+def facts_of(metadata: Mapping[str, str] | None) -> dict[str, Any]:
+    """Returns the JSON facts in the header of a safetensors file.
+
+    Raises:
+        SafetensorError: `write_tensors` did not write it.
+        JSONDecodeError: The header is damaged.
+    """
+    header = (metadata or {}).get(_HEADER)
+    if header is None:
+        raise SafetensorError("not written by dpsgd")
+    facts: dict[str, Any] = json.loads(header)
+    return facts
 
 
 def damaged(path: Path, error: Exception) -> CheckpointError:

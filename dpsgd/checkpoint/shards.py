@@ -6,7 +6,8 @@
       index.json               how many ranks wrote, and the facts: written last
 
 A leaf's rows follow one another in the order of ranks, so the files together are the
-leaf, whoever reads it: another number of ranks, or a process alone.
+leaf, whoever reads it: another number of ranks, or a process alone. Every file names
+its rank and, by a random word, its save: rows of two saves are no checkpoint.
 
 Not torch.distributed.checkpoint, whose index is a pickle: reading a checkpoint would
 run whatever code someone put there, and files here never do.
@@ -14,7 +15,7 @@ run whatever code someone put there, and files here never do.
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from dpsgd.checkpoint.files import (
     damaged,
+    facts_of,
     sync_folder,
     write_atomically,
     write_tensors,
@@ -49,7 +51,9 @@ class Checkpoint:
     facts: dict[str, Any]
 
 
-def write_shard(folder: Path, tensors: Mapping[str, Tensor], *, rank: int) -> None:
+def write_shard(
+    folder: Path, tensors: Mapping[str, Tensor], *, rank: int, save: str
+) -> None:
     """Writes what one rank holds.
 
     Args:
@@ -57,15 +61,16 @@ def write_shard(folder: Path, tensors: Mapping[str, Tensor], *, rank: int) -> No
         tensors: Rows of leaves, which follow on those of the rank before; and of rank
             0 alone what is whole on every rank.
         rank: Which.
+        save: The word of this save, which all ranks share.
 
     Raises:
         CheckpointError: The file could not be written.
     """
-    write_tensors(_file(folder, rank), tensors, {"rank": rank})
+    write_tensors(_file(folder, rank), tensors, {"rank": rank, "save": save})
 
 
 def complete_shards(
-    part: Path, path: Path, facts: Mapping[str, Any], *, num_ranks: int
+    part: Path, path: Path, facts: Mapping[str, Any], *, num_ranks: int, save: str
 ) -> None:
     """Makes a checkpoint of the shards that all ranks have written.
 
@@ -74,11 +79,12 @@ def complete_shards(
         path: Its name from now on; an older one of that name is removed.
         facts: As of `Checkpoint`.
         num_ranks: Ranks that wrote.
+        save: The word that they wrote with.
 
     Raises:
         CheckpointError: The index could not be written, or the folder not renamed.
     """
-    index = {"num_ranks": num_ranks, "facts": dict(facts)}
+    index = {"num_ranks": num_ranks, "save": save, "facts": dict(facts)}
     write_atomically(part / _INDEX, json.dumps(index).encode())
     with writing(path):
         old = path.with_suffix(".old")
@@ -93,16 +99,27 @@ def complete_shards(
 def read_shards(folder: Path) -> Checkpoint:
     """Opens a checkpoint in shards; leaves are read when they are asked for.
 
+    Those of before there was the word of a save lack it in every file.
+
     Raises:
-        CheckpointError: A file is missing or damaged.
+        CheckpointError: A file is missing, damaged, or of another save or rank.
     """
     try:
         index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
-        ranks = range(index["num_ranks"])
-        files = [_file(folder, rank) for rank in ranks]
-        return Checkpoint(_ShardedTensors(files), index["facts"])
-    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+        if not _is_index(index):
+            raise ValueError(f"{_INDEX} says something else")
+        files = (_file(folder, rank) for rank in range(index["num_ranks"]))
+        return Checkpoint(_ShardedTensors(files, index.get("save")), index["facts"])
+    except (OSError, SafetensorError, ValueError) as error:  # not UTF-8, not JSON
         raise damaged(folder, error) from error
+
+
+def _is_index(value: object) -> bool:
+    """Returns whether a JSON value says what `complete_shards` wrote."""
+    if not isinstance(value, dict):
+        return False
+    num_ranks, facts = value.get("num_ranks"), value.get("facts")
+    return isinstance(num_ranks, int) and num_ranks > 0 and isinstance(facts, dict)
 
 
 @final
@@ -111,12 +128,19 @@ class _ShardedTensors(Mapping[str, Tensor]):
 
     Args:
         files: Of all ranks, in their order.
+        save: The word that each must have.
+
+    Raises:
+        ValueError: A file is of another save or rank.
     """
 
-    def __init__(self, files: list[Path]) -> None:
+    def __init__(self, files: Iterable[Path], save: str | None) -> None:
         self._holders: dict[str, list[Path]] = {}
-        for path in files:
+        for rank, path in enumerate(files):
             with safe_open(path, framework="pt") as file:
+                facts = facts_of(file.metadata())
+                if (facts.get("rank"), facts.get("save")) != (rank, save):
+                    raise ValueError(f"{path.name} is of another save or rank")
                 for name in file.keys():  # noqa: SIM118 (not a dict)
                     self._holders.setdefault(name, []).append(path)
 

@@ -8,6 +8,7 @@ be released.
 
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -83,10 +84,11 @@ class CheckpointStore:
                 shutil.rmtree(part, ignore_errors=True)
                 part.mkdir(parents=True)
         ranks.meet()
-        write_shard(part, shard.tensors, rank=ranks.rank)
+        save = ranks.from_first(secrets.token_hex(16))
+        write_shard(part, shard.tensors, rank=ranks.rank, save=save)
         ranks.meet()
         if ranks.is_first:
-            complete_shards(part, path, shard.facts, num_ranks=ranks.size)
+            complete_shards(part, path, shard.facts, num_ranks=ranks.size, save=save)
             self._drop_old(path)
         ranks.meet()
 
