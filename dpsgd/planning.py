@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from dpsgd.clipping import MicrobatchMemory, measure_microbatch
+from dpsgd.clipping import MicrobatchMemory, clipping_slack, measure_microbatch
 from dpsgd.config import Config, DataConfig
 from dpsgd.data import PublicFacts
 from dpsgd.errors import ConfigError, fault
 from dpsgd.models import CLASSIFIER, build_model, freeze, trainable_params
+from dpsgd.optim import check_noise
 from dpsgd.privacy import (
     Accountant,
     DPSGDMechanism,
@@ -270,13 +271,17 @@ def make_plan(
     accountant = build_accountant(config.privacy.accountant)
     if mechanism is None:
         mechanism = build_mechanism(config, facts.num_examples, accountant)
+    is_secure = config.privacy.noise == "secure"
+    slack = clipping_slack(trained, mechanism.clipping_norm) if is_secure else None
+    num_parameters = num_elements(trained)
+    check_noise(mechanism, num_parameters=num_parameters, clipping_slack=slack)
     return Plan(
         facts=facts,
         mechanism=mechanism,
         accountant=accountant,
         epsilon=accountant.epsilon([mechanism.phase()], mechanism.delta),
-        num_parameters=num_elements(trained),
-        num_frozen=num_elements(dict(model.named_parameters())) - num_elements(trained),
+        num_parameters=num_parameters,
+        num_frozen=num_elements(dict(model.named_parameters())) - num_parameters,
         initialization=initialization,
         memory=memory,
         microbatch_size=microbatch_size,

@@ -135,6 +135,52 @@ def test_delta_just_below_and_a_batch_of_all_are_allowed() -> None:
     assert build_mechanism(config, 20, PRVAccountant()).sample_rate == 1
 
 
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (
+            {"noise_multiplier": 1e9, "noise": "secure"},
+            r"privacy\.noise_multiplier=1000000000\.0: secure noise for [\d,]+ "
+            r"parameters must be at most about \d\S*; lower it, or "
+            r"take privacy\.noise=standard",
+        ),
+        (
+            {"clipping_norm": 1e300, "rescale_to_unit_norm": False},
+            r"privacy\.clipping_norm=1e\+300: the noise's standard deviation of "
+            r"1e\+300 must be at most 2\*\*120; set privacy\.rescale_to_unit_norm",
+        ),
+        (
+            {"noise_multiplier": 1e300, "noise": "secure"},
+            r"privacy\.noise_multiplier=1e\+300: .* at most 2\*\*120; lower it",
+        ),
+    ],
+)
+def test_noise_that_no_number_holds_is_refused(
+    monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], told: str
+) -> None:
+    bound = EpsilonBound(1.0, 1.0, 1.0)
+    monkeypatch.setattr(PRVAccountant, "epsilon", lambda *_: bound)
+    settings = {f"privacy.{name}": value for name, value in changes.items()}
+    with pytest.raises(ConfigError, match=told):
+        make_plan(small_config({**settings, "train.seed": None}), DIGITS)
+
+
+def test_noise_as_large_as_its_numbers_hold_is_planned(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bound = EpsilonBound(1.0, 1.0, 1.0)
+    monkeypatch.setattr(PRVAccountant, "epsilon", lambda *_: bound)
+    largest = 2.0**46 / 2.0**16 / 2 / math.sqrt(plan().num_parameters)
+    for changes in (
+        {"noise_multiplier": largest, "noise": "secure"},
+        {"clipping_norm": 2.0**120, "rescale_to_unit_norm": False},
+        {"clipping_norm": 1e300, "rescale_to_unit_norm": True},
+    ):
+        settings = {f"privacy.{name}": value for name, value in changes.items()}
+        made = make_plan(small_config({**settings, "train.seed": None}), DIGITS)
+        assert made.mechanism.noise_std <= 2.0**120
+
+
 def test_choose_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)

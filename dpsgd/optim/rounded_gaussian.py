@@ -21,9 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import ndtri
 
-__all__ = ["rounded_gaussian"]
+__all__ = ["MAX_STD", "rounded_gaussian"]
 
-_MAX_STD: Final = 2.0**46  # a draw of 2**7 standard deviations is still exact
+MAX_STD: Final = 2.0**46  # a draw of 2**7 standard deviations is still exact
 _CHUNK: Final = 1 << 16  # temporaries stay in cache
 _WORD_BYTES: Final = 8
 # Relative error of ndtri that is allowed for. The largest of 45,000 that were compared
@@ -57,7 +57,7 @@ def rounded_gaussian(
     Raises:
         ValueError: `std` is out of range.
     """
-    if not 0 <= std <= _MAX_STD:
+    if not 0 <= std <= MAX_STD:
         raise ValueError(f"std={std}: must be in [0, 2**46]; take a coarser grid")
     if std == 0:
         return np.zeros(count)
