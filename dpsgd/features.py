@@ -9,6 +9,7 @@ import copy
 import os
 import secrets
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,9 @@ class FeatureCache:
         self._path = path
         self._saved: tuple[Params, dict[str, Any]] | None = None
         self.identity: str = secrets.token_hex(16)
-        if path.exists():
+        with _writing(path):
+            is_there = path.exists()
+        if is_there:
             try:
                 self._saved = read_tensors(path)
                 self.identity = self._saved[1]["identity"]
@@ -80,7 +83,8 @@ class FeatureCache:
     def load(self, model: nn.Module, dataset: Dataset, config: Config) -> Tensor:
         """Returns the (N, K, F) features of all views of all examples, on the CPU.
 
-        They are computed and written if the file was not there.
+        They are computed and written if the file was not there, once it is known that
+        it can be.
 
         Args:
             model: Network, frozen but for its classifier, on the device to compute on.
@@ -88,10 +92,12 @@ class FeatureCache:
             config: Settings, of which those of views and network are used.
 
         Raises:
-            CheckpointError: The file is of other data, weights, views or network.
+            CheckpointError: The file is of other data, weights, views or network, or
+                cannot be written.
         """
         facts = _facts(model, dataset, config)
         if self._saved is None:
+            self._try_place()
             features = _computed(model, dataset, config)
             self._write(features, {**facts, "identity": self.identity})
             return features
@@ -103,12 +109,23 @@ class FeatureCache:
             raise CheckpointError(fault(_FIELD, self._path, rule, remedy))
         return tensors["features"]
 
+    def _try_place(self) -> None:
+        """Makes the folder, and a file in it for a moment."""
+        with _writing(self._path):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._part.touch()
+            self._part.unlink()
+
     def _write(self, features: Tensor, facts: dict[str, Any]) -> None:
         """Writes the file whole, even while another process writes it too."""
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        part = self._path.with_name(f"{self._path.name}.{os.getpid()}")
-        write_tensors(part, {"features": features}, facts)
-        part.replace(self._path)
+        write_tensors(self._part, {"features": features}, facts)
+        with _writing(self._path):
+            self._part.replace(self._path)
+
+    @property
+    def _part(self) -> Path:
+        """The file while this process writes it."""
+        return self._path.with_name(f"{self._path.name}.{os.getpid()}")
 
 
 class FeatureLoader:
@@ -154,6 +171,17 @@ class FeatureLoader:
             features = upload(self._features[rows], self._device)
             labels = upload(self._labels[rows], self._device)
             yield features, labels, upload(torch.from_numpy(part.mask), self._device)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Turns what a folder that is none, or locked, raises into a CheckpointError."""
+    try:
+        yield
+    except OSError as error:
+        rule = f"cannot be written ({error.strerror})"
+        remedy = "give access to it, or name another file"
+        raise CheckpointError(fault(_FIELD, path, rule, remedy)) from error
 
 
 def _computed(model: nn.Module, dataset: Dataset, config: Config) -> Tensor:

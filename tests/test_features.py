@@ -1,7 +1,9 @@
 """Training on cached features is training on views, only sooner."""
 
 import dataclasses
+import errno
 import json
+import os
 import stat
 from pathlib import Path
 from typing import Any
@@ -171,6 +173,29 @@ def test_a_file_that_is_no_cache_is_refused_and_kept(
     with pytest.raises(CheckpointError, match=rule):
         start(tmp_path / "second", changes(source, cache))
     assert cache.read_bytes() == before
+
+
+@pytest.mark.parametrize("method", [None, "exists", "mkdir", "touch"])
+def test_a_place_that_takes_no_file_is_told_before_features_are_computed(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str | None
+) -> None:
+    notes = tmp_path / "notes"
+    notes.write_text("mine")
+    cache = (notes if method is None else tmp_path / "new") / "cache.safetensors"
+    own = getattr(Path, method) if method else None
+
+    def locked(path: Path, *arguments: Any, **options: Any) -> Any:
+        if cache.name in path.name or path == cache.parent:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return own(path, *arguments, **options)
+
+    monkeypatch.setattr("dpsgd.features._computed", None)
+    if method:
+        monkeypatch.setattr(Path, method, locked)
+    rule = rf"feature_cache={cache}: cannot be written \(.+\); give access to it"
+    with pytest.raises(CheckpointError, match=rule):
+        start(tmp_path / "run", changes(source, cache))
+    assert notes.read_text() == "mine"
 
 
 def test_a_cache_needs_a_frozen_network_and_fixed_views(tmp_path: Path) -> None:
