@@ -21,7 +21,7 @@ from dpsgd.data import (
 from dpsgd.declared import facts_of, require_outputs, with_classes
 from dpsgd.evaluate import Evaluation, evaluator
 from dpsgd.feeding import feed_of
-from dpsgd.gradient_engine import build_gradient_engine, execution_of, loss_of
+from dpsgd.gradient_engine import build_gradient_engine, loss_of
 from dpsgd.models import (
     build_model,
     check_model,
@@ -104,7 +104,7 @@ def assemble(
     streams = _streams(config, plan, arithmetic, checkpoint, shown_step, ranks)
     model = _begun_network(config, plan, splits, streams)
     frozen = frozen_tensors(model)
-    stays = execution_of(config, plan) == "cuda_graph"
+    stays = plan.execution == "cuda_graph"
     layout, params = laid_out(model, ranks, config.runtime.parallel, stays=stays)
     state = _initial_state(config, params)
     if checkpoint is not None:
@@ -264,9 +264,7 @@ def _unaccounted_step(
     num_rows = len(splits.train)
     return NonPrivateStep(
         sampler=ShuffledSampler(num_rows=num_rows, batch_size=size, streams=streams),
-        grad_fn=SummedGrad(
-            loss_of(config, model), execution=execution_of(config, plan)
-        ),
+        grad_fn=SummedGrad(loss_of(config, model), execution=plan.execution),
     )
 
 

@@ -19,7 +19,6 @@ from dpsgd.data import (
     num_decode_workers,
 )
 from dpsgd.features import FeatureCache, FeatureLoader
-from dpsgd.gradient_engine import execution_of
 from dpsgd.models import draws_per_view
 from dpsgd.planning import Plan
 from dpsgd.rng import RandomStreams
@@ -98,7 +97,7 @@ class Feed:
         # recording, and tuning a GPU's kernels for; but for secure noise no example's
         # gradient may depend on how many are drawn.
         on_gpu = plan.device.type == "cuda"
-        has_two = on_gpu and execution_of(self.config, plan) != "compile"
+        has_two = on_gpu and plan.execution != "compile"
         if not has_two or self.config.privacy.noise != "standard":
             return None
         return math.ceil(plan.microbatch_size / 2)

@@ -8,12 +8,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from dpsgd.clipping import MicrobatchMemory, clipping_slack, measure_microbatch
+from dpsgd.clipping import (
+    Engine,
+    Execution,
+    MicrobatchMemory,
+    clipping_slack,
+    measure_microbatch,
+)
 from dpsgd.config import Config, DataConfig
 from dpsgd.data import PublicFacts
 from dpsgd.errors import ConfigError, fault
 from dpsgd.models import CLASSIFIER, build_model, freeze, trainable_params
 from dpsgd.optim import check_noise
+from dpsgd.passes import choose_passes
 from dpsgd.privacy import (
     Accountant,
     DPSGDMechanism,
@@ -54,6 +61,8 @@ class Plan:
         memory: Bytes on the device.
         microbatch_size: Units, examples or users, a pass.
         device: Where.
+        engine: How per-sample gradients are bounded, if they are.
+        execution: How a pass runs.
     """
 
     facts: PublicFacts
@@ -66,6 +75,8 @@ class Plan:
     memory: MicrobatchMemory
     microbatch_size: int
     device: torch.device
+    engine: Engine
+    execution: Execution
 
     @property
     def title(self) -> str:
@@ -264,8 +275,9 @@ def make_plan(
         ConfigError: Settings and facts do not fit together.
     """
     device = choose_device(config.runtime.device)
+    engine, execution = choose_passes(config, device)
     model = outline(config, facts)
-    memory = _memory(config, facts, model, device)
+    memory = _memory(config, facts, model, device, engine)
     microbatch_size = _choose_microbatch_size(config, memory, device, num_ranks)
     trained = trainable_params(model)
     accountant = build_accountant(config.privacy.accountant)
@@ -286,6 +298,8 @@ def make_plan(
         memory=memory,
         microbatch_size=microbatch_size,
         device=device,
+        engine=engine,
+        execution=execution,
     )
 
 
@@ -304,7 +318,11 @@ def outline(config: Config, facts: PublicFacts) -> nn.Module:
 
 
 def _memory(
-    config: Config, facts: PublicFacts, model: nn.Module, device: torch.device
+    config: Config,
+    facts: PublicFacts,
+    model: nn.Module,
+    device: torch.device,
+    engine: Engine,
 ) -> MicrobatchMemory:
     """Returns what a microbatch takes, of images or of their cached features."""
     shape: tuple[int, ...] = facts.image_shape
@@ -314,9 +332,8 @@ def _memory(
         shape = model.get_parameter("weight").shape[1:]
         num_features = config.data.augmentation_multiplicity * math.prod(shape)
         held = _FLOAT32_BYTES * facts.num_examples * num_features
-        # The ghost engine, which is the default on features, stores no gradients.
-        is_stored = config.runtime.engine == "vmap" or config.privacy.noise == "secure"
-        per_sample = per_sample and is_stored
+        # Of a linear layer the ghost engine stores no gradients.
+        per_sample = per_sample and engine == "vmap"
     memory = measure_microbatch(
         model,
         image_shape=shape,

@@ -14,14 +14,13 @@ LAYERS = {
     **dict.fromkeys(["data", "models", "privacy"], 1),
     **dict.fromkeys(["clipping", "declared", "optim", "parallel"], 2),
     **dict.fromkeys(["evaluate", "checkpoint", "report"], 3),
-    **dict.fromkeys(["features", "run", "sweep", "weights"], 4),
+    **dict.fromkeys(["features", "passes", "run", "sweep", "weights"], 4),
     **dict.fromkeys(["planning", "persistence", "non_private", "train"], 5),
-    **dict.fromkeys(["gradient_engine", "resumption"], 6),
-    "feeding": 7,
-    "assembly": 8,
-    "audit": 9,
-    "cli": 10,
-    "__init__": 11,  # what the package offers: may name anything below
+    **dict.fromkeys(["feeding", "gradient_engine", "resumption"], 6),
+    "assembly": 7,
+    "audit": 8,
+    "cli": 9,
+    "__init__": 10,  # what the package offers: may name anything below
 }
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 50

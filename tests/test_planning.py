@@ -198,6 +198,15 @@ def test_choose_device(monkeypatch: pytest.MonkeyPatch) -> None:
         choose_device("cuda:1")
 
 
+def test_a_plan_says_what_takes_the_passes_and_refuses_what_cannot() -> None:
+    made = plan()
+    assert (made.engine, made.execution) == ("ghost", "eager")
+    compiled = plan({"runtime.execution": "compile"})
+    assert (compiled.engine, compiled.execution) == ("vmap", "compile")
+    with pytest.raises(ConfigError, match=r"runtime\.execution=cuda_graph: needs a"):
+        plan({"runtime.execution": "cuda_graph"})
+
+
 def test_a_microbatch_that_does_not_fit_names_the_largest_that_does(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -14,7 +14,9 @@ from small_runs import dpsgd_train, remembering, small_config, start, write_conf
 from dpsgd.assembly import assemble
 from dpsgd.checkpoint import CheckpointStore
 from dpsgd.clipping import clipping_slack
+from dpsgd.data import load_datasets
 from dpsgd.errors import CheckpointError
+from dpsgd.feeding import feed_of
 from dpsgd.optim import SecureNoise
 from dpsgd.train import train, train_step
 from dpsgd.trees import Params, num_elements
@@ -105,18 +107,20 @@ def test_a_resumed_run_repeats_its_draws_and_none_of_its_noise(tmp_path: Path) -
     assert float(apart.std()) == pytest.approx(2**0.5, rel=0.05)
 
 
-@pytest.mark.parametrize(("changes", "sizes"), [(SMALL, [8, 8, 4]), (SECURE, [8] * 3)])
-def test_every_pass_of_a_secure_run_has_one_size(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    changes: dict[str, Any],
-    sizes: list[int],
+@pytest.mark.parametrize(("changes", "size"), [(SMALL, 4), (SECURE, None)])
+def test_no_draw_of_a_secure_run_ends_with_a_smaller_pass(
+    tmp_path: Path, changes: dict[str, Any], size: int | None
 ) -> None:
-    """As on CUDA, where a standard run ends its draws with half a microbatch."""
-    monkeypatch.setattr("dpsgd.feeding.execution_of", lambda *_: "cuda_graph")
-    run, _, _ = start(tmp_path, {**changes, "runtime.microbatch_size": 8})
+    """On CUDA a standard run ends its draws with half a microbatch."""
+    run, _, plan = start(tmp_path, {**changes, "runtime.microbatch_size": 8})
+    gpu = torch.device("cuda")
+    there = dataclasses.replace(plan, device=gpu, execution="cuda_graph")
+    feed = feed_of(run.config, load_datasets(run.config.data).train)
 
-    assert [len(mask) for _, _, mask in run.load_views(np.arange(18), 0)] == sizes
+    assert feed._smaller_microbatch(there) == size
+    compiled = dataclasses.replace(there, execution="compile")
+    assert feed._smaller_microbatch(compiled) is None
+    assert [len(mask) for _, _, mask in run.load_views(np.arange(18), 0)] == [8] * 3
 
 
 @pytest.mark.parametrize("changes", [SECURE, SMALL], ids=["secure", "standard"])
