@@ -58,7 +58,7 @@ class Plan:
         num_parameters: Trainable scalars.
         num_frozen: Scalars that stay as they are.
         initialization: Weights that the network starts from; None draws all of them.
-        memory: Bytes on the device.
+        memory: Bytes on the device, an upper bound.
         microbatch_size: Units, examples or users, a pass.
         device: Where.
         engine: How per-sample gradients are bounded, if they are.
@@ -87,7 +87,7 @@ class Plan:
     def rows(self, config: Config) -> list[tuple[str, str]]:
         """Returns what to show, as (name, value) in words."""
         units = f"{self.mechanism.unit}s"
-        needed = self.memory.total(self.microbatch_size) / 2**20
+        most = math.ceil(self.memory.total(self.microbatch_size) / 2**20)
         seeded = config.train.seed is not None
         private, cache = config.privacy.enabled, config.runtime.feature_cache
         return [
@@ -103,8 +103,7 @@ class Plan:
             *([("features", f"kept in {cache}")] if cache else []),
             (
                 "microbatch",
-                f"{self.microbatch_size} {units}, about {needed:,.0f} MiB on "
-                f"{self.device}",
+                f"{self.microbatch_size} {units}, up to {most:,} MiB on {self.device}",
             ),
             ("random streams", _streams(seeded=seeded, private=private)),
         ]
@@ -326,20 +325,20 @@ def _memory(
 ) -> MicrobatchMemory:
     """Returns what a microbatch takes, of images or of their cached features."""
     shape: tuple[int, ...] = facts.image_shape
-    per_sample, held = config.privacy.enabled, 0
+    storing, held = engine if config.privacy.enabled else None, 0
     if config.runtime.feature_cache is not None:
         model = model.get_submodule(CLASSIFIER)
         shape = model.get_parameter("weight").shape[1:]
         num_features = config.data.augmentation_multiplicity * math.prod(shape)
         held = _FLOAT32_BYTES * facts.num_examples * num_features
-        # Of a linear layer the ghost engine stores no gradients.
-        per_sample = per_sample and engine == "vmap"
+        if engine == "ghost":  # which stores no gradients of a linear layer
+            storing = None
     memory = measure_microbatch(
         model,
         image_shape=shape,
         num_views=config.views_per_unit,
+        engine=storing,
         device=device.type,
-        per_sample=per_sample,
     )
     return replace(memory, fixed=memory.fixed + held)
 

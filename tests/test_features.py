@@ -275,6 +275,22 @@ def test_microbatches_of_features_are_as_large_as_memory_allows(source: Path) ->
     assert plain.microbatch_size == 256
 
 
+def test_gradients_of_features_are_counted_where_they_are_stored(source: Path) -> None:
+    def memory_of(**more: str) -> int:
+        settings = {f"runtime.{name}": value for name, value in more.items()}
+        cached = changes(source, Path("cache"))
+        with remembering():
+            return plan_of(small_config({**cached, **settings})).memory.per_example
+
+    stored = memory_of(engine="vmap")
+    assert (
+        stored
+        == memory_of(execution="compile")
+        > memory_of()
+        == memory_of(engine="ghost")
+    )
+
+
 def test_a_command_trains_on_the_cache(source: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache.safetensors"
     config = write_config(tmp_path, changes(source, cache))

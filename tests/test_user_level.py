@@ -236,7 +236,7 @@ def test_plan_result_report_and_weights_name_the_unit(
         "expected batch │ 6 users",
         "examples a user │ at most 3",
         "neighbours │ add-or-remove-one user",
-        "4 users, about",
+        "4 users, up to",
         "note: 12 users are held, 14 are declared",
         ", 0.01)-DP per user",
     ):

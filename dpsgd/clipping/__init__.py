@@ -1,10 +1,9 @@
 """Sums of clipped per-sample gradients, with their sensitivity."""
 
-from typing import Literal
-
 from dpsgd.clipping.base import (
     ClippedGrad,
     ClippedGrads,
+    Engine,
     LossFn,
     PassStatistics,
     clip_factors,
@@ -37,9 +36,7 @@ __all__ = [
     "per_sample_norms",
 ]
 
-Engine = Literal["vmap", "ghost"]
-
-_ENGINES: dict[str, type[RecordedClippedGrad]] = {
+_ENGINES: dict[Engine, type[RecordedClippedGrad]] = {
     "vmap": VmapClippedGrad,
     "ghost": GhostClippedGrad,
 }

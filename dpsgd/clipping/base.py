@@ -7,6 +7,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -14,8 +15,16 @@ from torch import Tensor
 from dpsgd.errors import fault
 from dpsgd.trees import Params, zeros_like
 
-__all__ = ["ClippedGrad", "ClippedGrads", "LossFn", "PassStatistics", "clip_factors"]
+__all__ = [
+    "ClippedGrad",
+    "ClippedGrads",
+    "Engine",
+    "LossFn",
+    "PassStatistics",
+    "clip_factors",
+]
 
+Engine = Literal["vmap", "ghost"]
 LossFn = Callable[..., Tensor]
 
 # Squares of gradients below 1e-23 vanish in float32; a bound near them cannot be kept.

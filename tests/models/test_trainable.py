@@ -121,13 +121,15 @@ def test_frozen_parameters_take_memory_but_no_gradients() -> None:
             config = ModelConfig(depth=10, width=4)
             model = build_model(config, image_shape=(3, 8, 8), num_classes=10)
         freeze(model, train)
-        found = measure_microbatch(model, image_shape=(3, 8, 8), num_views=1)
+        found = measure_microbatch(
+            model, image_shape=(3, 8, 8), num_views=1, engine="ghost"
+        )
         return found.fixed, found.per_example
 
     (fixed, per_example), (less_fixed, less) = memory("all"), memory("classifier")
     gradient = fixed // 5
     assert gradient < less_fixed < 1.1 * gradient
-    assert per_example - less == pytest.approx(2 * gradient, rel=0.01)
+    assert per_example - less == pytest.approx(gradient, rel=0.01)
 
 
 class Normalised(nn.Module):
