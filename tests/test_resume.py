@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from small_runs import (
     ROOT,
     command,
+    dpsgd_eval,
     dpsgd_train,
     read_lines,
     small_config,
@@ -272,13 +273,35 @@ def test_data_may_move_and_runtime_may_change(stopped: Path) -> None:
 def test_a_run_finds_its_data_from_another_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = small_config({"data.train": "train", "data.test": ("a", "b")})
+    files = {"data.train": "train", "data.test": ("a", "b")}
+    config = small_config({"data.source": "parquet", **files})
     monkeypatch.chdir(tmp_path)
     data = with_absolute_paths(config).data
 
     assert data.train == str(tmp_path / "train")
     assert data.test == (str(tmp_path / "a"), str(tmp_path / "b"))
     assert with_absolute_paths(small_config()) == small_config()
+
+
+def test_a_run_that_began_with_a_setting_for_nothing_goes_on_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Such a setting was not always refused."""
+    config = write_config(tmp_path, {"optimizer.betas": [0.8, 0.9]})
+    run = tmp_path / "run"
+    with monkeypatch.context() as before:
+        before.setattr("dpsgd.config.loader.unused_settings", lambda _: {})
+        assert dpsgd_train(config, "--run-dir", run) == 0
+    capsys.readouterr()
+
+    assert dpsgd_train("--resume", run) == 0
+    assert dpsgd_eval(run) == 0
+    capsys.readouterr()
+    assert dpsgd_eval(run, "--set", "data.test=mine.parquet") == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "data.test=mine.parquet: means nothing with data.source=digits; remove it, or "
+        "take a source of files"
+    ]
 
 
 def newest_checkpoint(run: Path) -> Path:

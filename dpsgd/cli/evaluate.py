@@ -110,7 +110,7 @@ def _config(run_dir: Path, overrides: Sequence[str]) -> Config:
     """Returns the settings of a run."""
     directory = RunDirectory(run_dir)
     directory.require()
-    return load_config(directory.config, overrides)
+    return load_config(directory.config, overrides, has_begun=True)
 
 
 def _measure(

@@ -121,7 +121,8 @@ def _run(arguments: argparse.Namespace) -> int:
     path = arguments.config or RunDirectory(arguments.resume).config
     if arguments.resume is not None:
         RunDirectory(arguments.resume).require()
-    config = load_config(path, arguments.overrides)
+    has_begun = arguments.resume is not None
+    config = load_config(path, arguments.overrides, has_begun=has_begun)
     with joined(config) as ranks:
         # A path may hold [brackets]; the first rank speaks for all.
         console = Console(markup=False, emoji=False, quiet=not ranks.is_first)

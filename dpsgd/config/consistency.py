@@ -2,18 +2,56 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from dpsgd.config.schema import Config, DataConfig, PrivacyConfig
 from dpsgd.errors import fault
 
-__all__ = ["faults_between_settings", "missing_delta"]
+__all__ = ["faults_between_settings", "missing_delta", "unused_settings"]
 
-# A store's images have many sizes and are decoded when they are drawn.
-_OF_STORES = ("data.image_size", "data.eval_image_size", "runtime.decode_workers")
-_NOT_OF_STORES = ("data.crop_padding", "data.image_column", "data.label_column")
 _SCALED = ("scaled_crop_flip", "resized_crop_flip")
 _PADDED = ("crop", "crop_flip")
+_NOT_PADDED = ("none", "flip", *_SCALED)
+_WITHOUT_FILES = ("digits", "torchvision")
+_NOT_PARQUET = (*_WITHOUT_FILES, "image_folder", "store")
+_NOT_STORE = (*_WITHOUT_FILES, "image_folder", "parquet")
+
+
+class _Detail(NamedTuple):
+    """A setting that means something only beside some values of another.
+
+    Attributes:
+        name: The setting.
+        other: The other one.
+        void: Values of the other with which it means nothing.
+        remedy: What else than removing it makes sense, if anything does.
+    """
+
+    name: str
+    other: str
+    void: tuple[str | None, ...]
+    remedy: str = ""
+
+
+# In the order of the sections; the first line that holds of a setting is told. Left out
+# is `model.groups`, so that `model.normalization=none` is one change to any file.
+_DETAILS = (
+    _Detail("data.train", "data.source", _WITHOUT_FILES, "take a source of files"),
+    _Detail("data.test", "data.source", _WITHOUT_FILES, "take a source of files"),
+    _Detail("data.image_column", "data.source", _NOT_PARQUET),
+    _Detail("data.label_column", "data.source", _NOT_PARQUET),
+    # A store's images have many sizes and are decoded when they are drawn.
+    _Detail("data.image_size", "data.source", _NOT_STORE),
+    _Detail("data.eval_image_size", "data.source", _NOT_STORE),
+    _Detail("data.crop_padding", "data.source", ("store",)),
+    _Detail("data.crop_padding", "data.augmentation", _NOT_PADDED, "crop"),
+    _Detail("data.fixed_views", "data.augmentation", ("none",), "augment"),
+    _Detail("model.init_weights", "model.init_from", (None,), "name weights"),
+    _Detail("optimizer.momentum", "optimizer.name", ("adamw",), "take sgd"),
+    _Detail("optimizer.betas", "optimizer.name", ("sgd",), "take adamw"),
+    _Detail("ema.warmup", "ema.decay", (None,), "set a decay"),
+    _Detail("runtime.decode_workers", "data.source", _NOT_STORE),
+)
 
 
 def faults_between_settings(config: Config) -> list[str]:
@@ -31,6 +69,23 @@ def faults_between_settings(config: Config) -> list[str]:
     faults += _mixture_faults(config.data) + _schedule_faults(config)
     faults += _store_faults(config) + _faults_without_weights(config)
     return faults + _cache_faults(config)
+
+
+def unused_settings(config: Config) -> dict[str, str]:
+    """Returns, by name, the faults of settings that mean nothing beside another.
+
+    A value equal to the default is never at fault: it may not have been given.
+    """
+    faults: dict[str, str] = {}
+    for name, other, void, remedy in _DETAILS:
+        value, decisive = _changed(config, name), _value(config, other)
+        if value is None or decisive not in void:
+            continue
+        shown = "null" if decisive is None else decisive
+        rule = f"means nothing with {other}={shown}"
+        remedies = ", or ".join(filter(None, ("remove it", remedy)))
+        faults.setdefault(name, fault(name, value, rule, remedies))
+    return faults
 
 
 def missing_delta(privacy: Any) -> list[str]:
@@ -148,17 +203,12 @@ def _schedule_faults(config: Config) -> list[str]:
 
 
 def _store_faults(config: Config) -> list[str]:
-    """Returns what a store needs, and what means nothing for the source."""
-    data = config.data
+    """Returns what a store needs, and which views the source does not have."""
+    data, faults = config.data, []
     is_store = data.source == "store"
-    rule = f"means nothing with data.source={data.source}"
-    faults = [
-        fault(name, value, rule, "remove it")
-        for name in (_NOT_OF_STORES if is_store else _OF_STORES)
-        if (value := _changed(config, name)) is not None
-    ]
     wrong = _PADDED if is_store else _SCALED
     if data.augmentation in wrong:
+        rule = f"means nothing with data.source={data.source}"
         others = " or ".join(_SCALED if is_store else _PADDED)
         remedy = f"take {others}"
         faults.append(fault("data.augmentation", data.augmentation, rule, remedy))
@@ -175,12 +225,16 @@ def _store_faults(config: Config) -> list[str]:
 def _changed(config: Config, name: str) -> Any:
     """Returns the value of a setting by its full name, None if it is the default."""
     section, _, key = name.partition(".")
-    values = getattr(config, section)
-    (default,) = (
-        field.default for field in dataclasses.fields(values) if field.name == key
-    )
-    value = getattr(values, key)
+    fields = dataclasses.fields(getattr(config, section))
+    (default,) = (field.default for field in fields if field.name == key)
+    value = _value(config, name)
     return None if value == default else value
+
+
+def _value(config: Config, name: str) -> Any:
+    """Returns the value of a setting by its full name."""
+    section, _, key = name.partition(".")
+    return getattr(getattr(config, section), key)
 
 
 def _secure_noise_faults(config: Config) -> list[str]:

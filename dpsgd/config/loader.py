@@ -3,14 +3,18 @@
 import dataclasses
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
 
 import yaml
 
 from dpsgd.config.coercion import Mismatch, coerce
-from dpsgd.config.consistency import faults_between_settings, missing_delta
+from dpsgd.config.consistency import (
+    faults_between_settings,
+    missing_delta,
+    unused_settings,
+)
 from dpsgd.config.schema import Config
 from dpsgd.errors import ConfigError, did_you_mean, fault
 
@@ -27,13 +31,17 @@ _Sections = dict[str, dict[str, Any]]
 _NAMED_WEIGHTS = re.compile("(torchvision|timm):")
 
 
-def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
+def load_config(
+    path: Path | str, overrides: Sequence[str] = (), *, has_begun: bool = False
+) -> Config:
     """Reads a YAML file and applies `section.key=value` overrides.
 
     Args:
         path: YAML file: sections, each a mapping of keys to values. Anchors, aliases
             and tags are refused, because a configuration is data.
         overrides: Settings that replace the file's; each value is read as YAML.
+        has_begun: Whether the file is that of a run, which began with all that is in
+            it: then a setting that means nothing is refused among overrides only.
 
     Returns:
         The checked configuration.
@@ -46,11 +54,19 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     faults = [line for text in overrides for line in _override(sections, text)]
     if faults:
         raise ConfigError("\n".join(faults))
-    return parse_config(sections)
+    named = {text.partition("=")[0].strip() for text in overrides}
+    return parse_config(sections, used=named if has_begun else None)
 
 
-def parse_config(sections: Mapping[str, Any]) -> Config:
+def parse_config(
+    sections: Mapping[str, Any], *, used: Collection[str] | None = None
+) -> Config:
     """Builds a configuration from nested mappings, as PyYAML or `json` give them.
+
+    Args:
+        sections: Sections, each a mapping of keys to values.
+        used: Full names of settings that must mean something beside the others; None
+            is all that are not as by default.
 
     Raises:
         ConfigError: One line for every fault.
@@ -69,6 +85,8 @@ def parse_config(sections: Mapping[str, Any]) -> Config:
     if not faults:
         config = Config(**built)
         faults = faults_between_settings(config)
+        unused = unused_settings(config)
+        faults += [unused[name] for name in unused if used is None or name in used]
         if not faults:
             return config
     raise ConfigError("\n".join(faults))

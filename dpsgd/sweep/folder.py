@@ -91,7 +91,9 @@ class SweepFolder:
             directory = self.directory(run)
             if not directory.config.is_file():
                 continue
-            held = identity_of(load_config(directory.config), run.values)
+            held = identity_of(
+                load_config(directory.config, has_begun=True), run.values
+            )
             if held != run.identity():
                 rule = "holds a run of other settings than the sweep asks for"
                 faults.append(fault("run", directory.path, rule, "move it away"))

@@ -67,8 +67,10 @@ def test_there_are_published_configurations() -> None:
 def test_a_configuration_survives_yaml(tmp_path: Path) -> None:
     config = parse_config(
         sections(
+            data__source="parquet",
             data__train=["a", "b*.parquet"],
             data__mean=[0.1, 0.2, 0.3],
+            optimizer__name="adamw",
             optimizer__betas=[0.8, 0.99],
             runtime__microbatch_size=16,
             ema__decay=None,
@@ -125,7 +127,7 @@ def test_a_configuration_cannot_be_changed() -> None:
 def test_a_value_is_read_as_its_declared_type(
     tmp_path: Path, section: str, line: str, read: object
 ) -> None:
-    config = load_config(with_line(tmp_path, section, line))
+    config = load_config(with_line(tmp_path, section, line), ["data.source=parquet"])
     value = getattr(getattr(config, section), line.partition(":")[0])
 
     assert value == read
@@ -446,7 +448,7 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
 def test_an_override_replaces_one_setting(
     valid: Path, override: str, section: str, key: str, read: object
 ) -> None:
-    config = load_config(valid, [override])
+    config = load_config(valid, ["data.source=parquet", override])
 
     assert getattr(getattr(config, section), key) == read
 
@@ -599,3 +601,93 @@ def test_settings_of_stores_are_refused_elsewhere(
 
     rule = f"{name}={value}: means nothing with data.source=digits; {remedy}"
     assert str(error.value).splitlines() == [rule]
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (
+            {"data__train": "mine.parquet", "data__test": "mine.parquet"},
+            [
+                "data.train=mine.parquet: means nothing with data.source=digits; "
+                "remove it, or take a source of files",
+                "data.test=mine.parquet: means nothing with data.source=digits; "
+                "remove it, or take a source of files",
+            ],
+        ),
+        (
+            {"data__source": "image_folder", "data__image_column": "image"},
+            [
+                "data.image_column=image: means nothing with data.source=image_folder; "
+                "remove it"
+            ],
+        ),
+        (
+            {"data__augmentation": "flip", "data__crop_padding": 2},
+            [
+                "data.crop_padding=2: means nothing with data.augmentation=flip; "
+                "remove it, or crop"
+            ],
+        ),
+        (
+            {"data__fixed_views": True},
+            [
+                "data.fixed_views=True: means nothing with data.augmentation=none; "
+                "remove it, or augment"
+            ],
+        ),
+        (
+            {"model__init_weights": "last"},
+            [
+                "model.init_weights=last: means nothing with model.init_from=null; "
+                "remove it, or name weights"
+            ],
+        ),
+        (
+            {"optimizer__betas": [0.8, 0.9], "ema__decay": None, "ema__warmup": 2},
+            [
+                "optimizer.betas=(0.8, 0.9): means nothing with optimizer.name=sgd; "
+                "remove it, or take adamw",
+                "ema.warmup=2.0: means nothing with ema.decay=null; remove it, or set "
+                "a decay",
+            ],
+        ),
+        (
+            {"optimizer__name": "adamw", "optimizer__momentum": 0.9},
+            [
+                "optimizer.momentum=0.9: means nothing with optimizer.name=adamw; "
+                "remove it, or take sgd"
+            ],
+        ),
+    ],
+)
+def test_a_setting_that_would_be_ignored_is_refused(
+    changes: dict[str, Any], told: list[str]
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        parse_config(sections(**changes))
+
+    assert str(error.value).splitlines() == told
+
+
+def test_a_default_is_never_refused_as_unused() -> None:
+    settings = config_to_dict(parse_config(sections(ema__decay=None)))
+
+    assert settings["ema"]["warmup"] == 10.0
+    assert config_to_dict(parse_config(settings)) == settings
+
+
+def test_normalization_is_switched_off_by_one_setting() -> None:
+    config = load_config(ROOT / "configs" / "digits.yaml", ["model.normalization=none"])
+
+    assert config.model.groups == 4  # of digits.yaml
+
+
+def test_a_run_that_began_answers_for_its_overrides_alone(tmp_path: Path) -> None:
+    path = written(tmp_path, yaml.safe_dump(sections(optimizer__betas=[0.8, 0.9])))
+
+    assert load_config(path, has_begun=True).optimizer.betas == (0.8, 0.9)
+    with pytest.raises(ConfigError, match=r"^data\.fixed_views=True: .*$"):
+        load_config(path, ["data.fixed_views=true"], has_begun=True)
+    with pytest.raises(ConfigError, match=r"optimizer\.betas"):
+        load_config(path)

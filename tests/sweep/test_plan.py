@@ -95,8 +95,10 @@ def test_another_base_config_gives_other_folders_unless_results_are_the_same(
     sweep_file: Write, change: dict[str, dict[str, Any]], is_same: bool
 ) -> None:
     path = sweep_file()
-    before = [run.folder for run in read_sweep(path).runs]
     base = yaml.safe_load((path.parent / "small.yaml").read_text())
+    base["data"]["source"] = "parquet"
+    (path.parent / "small.yaml").write_text(yaml.safe_dump(base))
+    before = [run.folder for run in read_sweep(path).runs]
     for section, values in change.items():
         base[section].update(values)
     (path.parent / "small.yaml").write_text(yaml.safe_dump(base))
