@@ -145,10 +145,15 @@ def _unit_faults(config: Config) -> list[str]:
     them protected, and must not be told an epsilon of something weaker.
     """
     data, privacy = config.data, config.privacy
-    column, most = data.user_column, privacy.max_examples_per_user
+    count = "declare that public number, which is never counted from private data"
     settings = [
-        ("data.user_column", column, "name the column of users"),
-        ("privacy.max_examples_per_user", most, "give a public limit"),
+        ("data.user_column", data.user_column, "name the column of users"),
+        ("data.num_users", data.num_users, count),
+        (
+            "privacy.max_examples_per_user",
+            privacy.max_examples_per_user,
+            "give a public limit",
+        ),
     ]
     if privacy.unit == "example":
         rule, remedy = "goes with privacy.unit=user only", "set it, or remove this"
@@ -160,8 +165,6 @@ def _unit_faults(config: Config) -> list[str]:
     if data.source != "parquet":
         rule = f"data.source={data.source} does not know users"
         return [fault("privacy.unit", "user", rule, "take data.source=parquet")]
-    remedy = "declare that public number, which is never counted from private data"
-    settings.append(("data.num_users", data.num_users, remedy))
     rule = "is required with privacy.unit=user"
     return [
         fault(name, None, rule, remedy)

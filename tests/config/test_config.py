@@ -371,6 +371,7 @@ def test_settings_of_users_are_refused_where_examples_are_the_unit() -> None:
     assert str(error.value).splitlines() == [
         "data.user_column=owner: goes with privacy.unit=user only; set it, or remove "
         "this",
+        "data.num_users=1000: goes with privacy.unit=user only; set it, or remove this",
         "privacy.max_examples_per_user=4: goes with privacy.unit=user only; set it, or "
         "remove this",
     ]
