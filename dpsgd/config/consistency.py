@@ -33,7 +33,7 @@ class _Detail(NamedTuple):
     remedy: str = ""
 
 
-# In the order of the sections; the first line that holds of a setting is told. Left out
+# In the order of the sections; of a setting the first line that holds is told. Left out
 # is `model.groups`, so that `model.normalization=none` is one change to any file.
 _DETAILS = (
     _Detail("data.train", "data.source", _WITHOUT_FILES, "take a source of files"),

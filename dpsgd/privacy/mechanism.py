@@ -32,7 +32,7 @@ _MAX_STEPS: Final = 10**12
 
 
 def check_sample_rate(sample_rate: float) -> None:
-    """Raises ConfigError unless the sampling probability is in (0, 1]."""
+    """Raises ConfigError unless the sample rate is in (0, 1]."""
     if not 0 < sample_rate <= 1:
         raise ConfigError(
             fault(

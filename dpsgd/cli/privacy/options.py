@@ -149,7 +149,7 @@ def num_examples_of(arguments: argparse.Namespace) -> int:
 
 
 def sample_rate_of(arguments: argparse.Namespace) -> float:
-    """Returns the sampling probability, given as it is or as two sizes.
+    """Returns the sample rate, given as it is or as two sizes.
 
     Args:
         arguments: With what `add_sampling` added.

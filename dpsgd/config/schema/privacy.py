@@ -48,8 +48,7 @@ class PrivacyConfig:
 
     expected_batch_size: Positive
     """Public expected number of units, examples or users, a step: the divisor of every
-    update, and the sampling probability once divided by `num_examples` or
-    `num_users`."""
+    update, and the sample rate once divided by `num_examples` or `num_users`."""
 
     clipping_norm: Norm = 1.0
     """Bound C on the L2 norm of one unit's gradient, >= 1e-12, in gradient units."""
@@ -60,8 +59,8 @@ class PrivacyConfig:
     noise: NoiseName = "standard"
     """`standard` is float32 noise from a keyed statistical generator: fast, repeatable
     on resume. `secure` is drawn from the operating system, rounded exactly to a grid,
-    and withstands floating-point attacks; it takes some 0.1 microseconds a parameter
-    and step, and no seed."""
+    and withstands floating-point attacks; it takes some 60 ns a parameter and step,
+    and no seed."""
 
     accountant: str = "prv"
     """Registered accountant that certifies epsilon: prv, pld or rdp. The first, though

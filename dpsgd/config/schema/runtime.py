@@ -17,8 +17,9 @@ class RuntimeConfig:
 
     parallel: Literal["none", "ddp", "fsdp"] = "none"
     """How processes that torchrun started train one network: `ddp` keeps it whole on
-    each, `fsdp` keeps parameters, momenta and average in shards, and needs the network
-    to fit on one device only while a gradient is computed."""
+    each, `fsdp` keeps parameters, momenta and average in shards. At set-up a device
+    holds the network twice, and in a step whole parameters and a whole sum; on a GPU,
+    whose passes are recorded, one whole float32 copy of the parameters stays."""
 
     microbatch_size: PositiveInt | Literal["auto"] = "auto"
     """Examples or users a pass: memory only; the update never depends on it."""
