@@ -1,4 +1,4 @@
-"""How the passes of a run are taken: the engine and the execution of its settings."""
+"""How the passes of a run are taken: device, engine and execution of its settings."""
 
 import torch
 
@@ -6,7 +6,30 @@ from dpsgd.clipping import Engine, Execution
 from dpsgd.config import Config
 from dpsgd.errors import ConfigError, fault
 
-__all__ = ["choose_passes"]
+__all__ = ["choose_device", "choose_passes"]
+
+
+def choose_device(name: str) -> torch.device:
+    """Returns the device that `runtime.device` means.
+
+    Raises:
+        ConfigError: CUDA is asked for and absent, or the name is not one.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    # torch takes cpu:N, but there is one CPU, and no device to make the current one.
+    if name != "cpu" and device.type != "cuda":
+        rule = "must be auto, cpu, cuda or cuda:N"
+        raise ConfigError(fault("runtime.device", name, rule, "take one of them"))
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        rule = f"this machine has {count} CUDA devices"
+        raise ConfigError(fault("runtime.device", name, rule, "take cpu or auto"))
+    return device
 
 
 def choose_passes(config: Config, device: torch.device) -> tuple[Engine, Execution]:

@@ -20,7 +20,7 @@ from dpsgd.data import PublicFacts
 from dpsgd.errors import ConfigError, fault
 from dpsgd.models import CLASSIFIER, build_model, freeze, trainable_params
 from dpsgd.optim import check_noise
-from dpsgd.passes import choose_passes
+from dpsgd.passes import choose_device, choose_passes
 from dpsgd.privacy import (
     Accountant,
     DPSGDMechanism,
@@ -32,7 +32,7 @@ from dpsgd.privacy import (
 from dpsgd.trees import num_elements
 from dpsgd.weights import Initialization
 
-__all__ = ["Plan", "build_mechanism", "choose_device", "make_plan", "outline"]
+__all__ = ["Plan", "build_mechanism", "make_plan", "outline"]
 
 _MEMORY_SHARE = 0.6
 _CPU_MICROBATCH_BYTES = 1 << 30
@@ -175,29 +175,6 @@ class Plan:
             return f"{self.num_parameters:,}"
         trained = f"{self.num_parameters:,} trained ({config.finetune.train})"
         return f"{trained}, {self.num_frozen:,} frozen"
-
-
-def choose_device(name: str) -> torch.device:
-    """Returns the device that `runtime.device` means.
-
-    Raises:
-        ConfigError: CUDA is asked for and absent, or the name is not one.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")
-    # torch takes cpu:N, but there is one CPU, and no device to make the current one.
-    if name != "cpu" and device.type != "cuda":
-        rule = "must be auto, cpu, cuda or cuda:N"
-        raise ConfigError(fault("runtime.device", name, rule, "take one of them"))
-    count = torch.cuda.device_count()
-    if device.type == "cuda" and (device.index or 0) >= count:
-        rule = f"this machine has {count} CUDA devices"
-        raise ConfigError(fault("runtime.device", name, rule, "take cpu or auto"))
-    return device
 
 
 def build_mechanism(

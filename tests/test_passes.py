@@ -7,7 +7,7 @@ import torch
 from small_runs import small_config
 
 from dpsgd.errors import ConfigError
-from dpsgd.passes import choose_passes
+from dpsgd.passes import choose_device, choose_passes
 
 WITHOUT_PRIVACY = {
     "privacy.enabled": False,
@@ -67,3 +67,20 @@ def test_all_faults_of_passes_are_told_at_once() -> None:
     first, second = str(caught.value).splitlines()
     assert first.endswith("take runtime.execution=auto or runtime.engine=vmap")
     assert second.endswith("take runtime.engine=auto or vmap")
+
+
+def test_choose_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert choose_device("auto") == choose_device("cpu") == torch.device("cpu")
+    rule = "this machine has 0 CUDA devices; take cpu or auto"
+    for name in ("cuda", "cuda:1"):
+        with pytest.raises(ConfigError, match=f"runtime.device={name}: {rule}"):
+            choose_device(name)
+    for name in ("gpu", "meta", "mps", "cuda:x", "cpu:0", "cpu:1"):
+        with pytest.raises(ConfigError, match="must be auto, cpu, cuda or cuda:N"):
+            choose_device(name)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert choose_device("cuda:0") == torch.device("cuda:0")
+    with pytest.raises(ConfigError, match="this machine has 1 CUDA devices"):
+        choose_device("cuda:1")

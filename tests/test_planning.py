@@ -4,14 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from small_runs import ROOT, remembering, small_config
 
 from dpsgd.assembly import plan_of
 from dpsgd.config import load_config
 from dpsgd.data import PublicFacts, published_facts
 from dpsgd.errors import ConfigError
-from dpsgd.planning import Plan, build_mechanism, choose_device, make_plan
+from dpsgd.planning import Plan, build_mechanism, make_plan
 from dpsgd.privacy import EpsilonBound, PRVAccountant
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -179,23 +178,6 @@ def test_noise_as_large_as_its_numbers_hold_is_planned(
         settings = {f"privacy.{name}": value for name, value in changes.items()}
         made = make_plan(small_config({**settings, "train.seed": None}), DIGITS)
         assert made.mechanism.noise_std <= 2.0**120
-
-
-def test_choose_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert choose_device("auto") == choose_device("cpu") == torch.device("cpu")
-    rule = "this machine has 0 CUDA devices; take cpu or auto"
-    for name in ("cuda", "cuda:1"):
-        with pytest.raises(ConfigError, match=f"runtime.device={name}: {rule}"):
-            choose_device(name)
-    for name in ("gpu", "meta", "mps", "cuda:x", "cpu:0", "cpu:1"):
-        with pytest.raises(ConfigError, match="must be auto, cpu, cuda or cuda:N"):
-            choose_device(name)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    assert choose_device("cuda:0") == torch.device("cuda:0")
-    with pytest.raises(ConfigError, match="this machine has 1 CUDA devices"):
-        choose_device("cuda:1")
 
 
 def test_a_plan_says_what_takes_the_passes_and_refuses_what_cannot() -> None:

@@ -14,7 +14,7 @@ from dpsgd.cli.groups import comparisons
 from dpsgd.config import Config, load_config
 from dpsgd.data import DataSplits, load_datasets
 from dpsgd.evaluate import Evaluation, evaluator
-from dpsgd.planning import choose_device
+from dpsgd.passes import choose_device
 from dpsgd.report import (
     RunDirectory,
     comparison_table,
