@@ -2,7 +2,8 @@
 
 An accountant answers with a bracket. Only its upper end may be promised; the lower
 end and the estimate tell how much of it is slack. A new accountant is a file with a
-class that has a name and `epsilon`, such as `rdp`, and its entry in `registry`.
+class that has a name, a description and `epsilon`, such as `rdp`, and its entry in
+`registry`.
 """
 
 import math
@@ -24,6 +25,9 @@ class Accountant(ABC):
 
     name: ClassVar[str]
     """Key in `registry.ACCOUNTANTS`, and the spelling in a configuration."""
+
+    description: ClassVar[str]
+    """How it accounts, and (its source with the year), as statements tell it."""
 
     @abstractmethod
     def epsilon(self, phases: Sequence[Phase], delta: float) -> EpsilonBound:

@@ -28,6 +28,9 @@ class PLDAccountant(Accountant):
     """
 
     name: ClassVar[str] = "pld"
+    description: ClassVar[str] = (
+        "privacy loss distributions, certified (Doroshenko et al. 2022)"
+    )
 
     def epsilon(self, phases: Sequence[Phase], delta: float) -> EpsilonBound:
         """Returns a bracket around the smallest epsilon.

@@ -41,6 +41,9 @@ class PRVAccountant(Accountant):
     """
 
     name: ClassVar[str] = "prv"
+    description: ClassVar[str] = (
+        "certified numerical composition (Gopi, Lee and Wutschitz 2021)"
+    )
 
     def __init__(self) -> None:
         # Calibration, plan and ledger ask the same question, which costs seconds.

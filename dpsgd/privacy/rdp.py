@@ -23,6 +23,7 @@ class RDPAccountant(Accountant):
     """
 
     name: ClassVar[str] = "rdp"
+    description: ClassVar[str] = "Renyi divergences (Mironov, Talwar and Zhang 2019)"
 
     def epsilon(self, phases: Sequence[Phase], delta: float) -> EpsilonBound:
         """Returns an upper bound, with nothing known below it.

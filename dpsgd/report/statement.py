@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
+from dpsgd.privacy import ACCOUNTANTS
 from dpsgd.report.runs import RunRecord
 from dpsgd.report.words import (
     NOT_RECORDED,
@@ -68,11 +69,6 @@ _OF_NOISE: Final = {
         ),
         ("checkpoints/", "they hold the key of the draws and must stay secret"),
     ),
-}
-_ACCOUNTANTS: Final = {
-    "prv": "prv: certified numerical composition (Gopi, Lee and Wutschitz 2021)",
-    "pld": "pld: privacy loss distributions, certified (Doroshenko et al. 2022)",
-    "rdp": "rdp: Renyi divergences (Mironov, Talwar and Zhang 2019)",
 }
 _FALSE_ALARMS: Final = 0.01
 
@@ -287,7 +283,6 @@ def _guarantee_facts(run: RunRecord, standing: Standing) -> tuple[tuple[str, str
     if isinstance(views, int) and views > 1 and unit != NOT_RECORDED:
         each = "it" if run.unit == "example" else "each"
         unit = f"{unit}, and all {views} augmented views of {each}"
-    accountant = run.text("accountant") or NOT_RECORDED
     epsilon = f"{epsilon_in_words(run.epsilon)} (certified upper bound)"
     if standing == "unfinished":
         planned = epsilon_in_words(run.planned_epsilon)
@@ -303,9 +298,16 @@ def _guarantee_facts(run: RunRecord, standing: Standing) -> tuple[tuple[str, str
         ("Neighbours", neighbours),
         ("Epsilon", epsilon),
         ("Delta", significant(run.number("delta"))),
-        ("Accountant", _ACCOUNTANTS.get(accountant, accountant)),
+        ("Accountant", _accountant(run)),
         ("Noise", _NOISE.get(run.noise, run.noise)),
     )
+
+
+def _accountant(run: RunRecord) -> str:
+    """Returns who certified epsilon, and how, as far as this version knows it."""
+    name = run.text("accountant") or NOT_RECORDED
+    known = ACCOUNTANTS.get(name)
+    return name if known is None else f"{name}: {known.description}"
 
 
 def _membership(run: RunRecord) -> str:

@@ -6,6 +6,7 @@ from typing import Final
 
 from dpsgd.cli.errors import Commands, UsageParser
 from dpsgd.errors import ConfigError, fault
+from dpsgd.privacy import ACCOUNTANTS
 from dpsgd.privacy.mechanism import check_delta, check_sample_rate
 
 __all__ = [
@@ -75,8 +76,10 @@ def add_accountant(command: UsageParser, *, default: str) -> None:
         command: What it is added to.
         default: Its name if none is given.
     """
+    *others, last = ACCOUNTANTS
+    known = f"{', '.join(others)} or {last}"
     command.add_argument(
-        "--accountant", default=default, help=f"prv, pld or rdp; default: {default}"
+        "--accountant", default=default, help=f"{known}; default: {default}"
     )
 
 

@@ -63,5 +63,5 @@ class PrivacyConfig:
     and no seed."""
 
     accountant: str = "prv"
-    """Registered accountant that certifies epsilon: prv, pld or rdp. The first, though
-    the slowest, rests on a published package; rdp asks for 5 to 10 % more noise."""
+    """Registered accountant that certifies epsilon; docs/accounting.md tells them
+    apart. The default, though the slowest, rests on a published package."""
