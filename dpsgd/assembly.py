@@ -18,17 +18,11 @@ from dpsgd.data import (
     load_datasets,
     published_facts,
 )
-from dpsgd.declared import facts_of, require_outputs, with_classes
+from dpsgd.declared import declared_network, facts_of, require_outputs, with_classes
 from dpsgd.evaluate import Evaluation, evaluator
 from dpsgd.feeding import feed_of
 from dpsgd.gradient_engine import build_gradient_engine, loss_of
-from dpsgd.models import (
-    build_model,
-    check_model,
-    freeze,
-    frozen_tensors,
-    initialize,
-)
+from dpsgd.models import Network, check_model, freeze, frozen_tensors, initialize
 from dpsgd.non_private import NonPrivateStep, ShuffledSampler, SummedGrad
 from dpsgd.optim import Optimizer, SecureNoise
 from dpsgd.parallel import Layout, Ranks, laid_out
@@ -158,12 +152,10 @@ def _work_on(device: torch.device) -> None:
         torch.cuda.set_device(device)
 
 
-def _network(config: Config, facts: PublicFacts, splits: DataSplits) -> nn.Module:
+def _network(config: Config, facts: PublicFacts, splits: DataSplits) -> Network:
     """Returns the network, parameters undrawn, once every label has an output."""
     require_outputs(splits, facts.num_classes)
-    return build_model(
-        config.model, image_shape=facts.image_shape, num_classes=facts.num_classes
-    )
+    return declared_network(config, facts)
 
 
 def _initialization(
@@ -222,7 +214,7 @@ def _streams(
 
 def _begun_network(
     config: Config, plan: Plan, splits: DataSplits, streams: RandomStreams
-) -> nn.Module:
+) -> Network:
     """Returns the network with its first parameters, frozen, on the device."""
     model = _network(config, plan.facts, splits)
     initialize(model, streams.generator("init"))

@@ -1,4 +1,4 @@
-"""The public facts that a run goes by: declared, never counted from private data."""
+"""The public facts that a run goes by, declared and never counted, and its network."""
 
 import dataclasses
 
@@ -11,8 +11,9 @@ from dpsgd.data import (
     published_facts,
 )
 from dpsgd.errors import ConfigError, fault
+from dpsgd.models import Network, build_model
 
-__all__ = ["facts_of", "require_outputs", "with_classes"]
+__all__ = ["declared_network", "facts_of", "require_outputs", "with_classes"]
 
 
 def facts_of(config: Config, splits: DataSplits) -> PublicFacts:
@@ -59,6 +60,23 @@ def with_classes(config: Config, facts: PublicFacts) -> PublicFacts:
         )
     names = facts.class_names or tuple(str(label) for label in range(wanted or 0))
     return dataclasses.replace(facts, class_names=names)
+
+
+def declared_network(config: Config, facts: PublicFacts) -> Network:
+    """Returns the network of a run, parameters undrawn.
+
+    Raises:
+        ConfigError: The architecture refuses its settings, or test images of another
+            size than those that are trained on.
+    """
+    network = build_model(
+        config.model, image_shape=facts.image_shape, num_classes=facts.num_classes
+    )
+    size = config.data.eval_image_size
+    if network.takes_one_size and size not in (None, config.data.image_size):
+        rule = f"model.name={config.model.name} takes images of one size"
+        raise ConfigError(fault("data.eval_image_size", size, rule, "remove it"))
+    return network
 
 
 def require_outputs(splits: DataSplits, num_classes: int) -> None:

@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from dpsgd.config import Config
 from dpsgd.data import (
@@ -19,7 +18,7 @@ from dpsgd.data import (
     num_decode_workers,
 )
 from dpsgd.features import FeatureCache, FeatureLoader
-from dpsgd.models import draws_per_view
+from dpsgd.models import Network
 from dpsgd.planning import Plan
 from dpsgd.rng import RandomStreams
 
@@ -51,7 +50,7 @@ class Feed:
         return self.dataset.decoder
 
     def loader(
-        self, plan: Plan, model: nn.Module, *, streams: RandomStreams, share: Share
+        self, plan: Plan, model: Network, *, streams: RandomStreams, share: Share
     ) -> LoadViews:
         """Returns what turns draws into the arguments of the loss.
 
@@ -85,7 +84,7 @@ class Feed:
             streams=streams,
             microbatch_size=plan.microbatch_size,
             padded_to=self._smaller_microbatch(plan),
-            draws_per_view=draws_per_view(model),
+            draws_per_view=model.draws_per_view,
             dtype=getattr(torch, self.config.model.compute_dtype),
             device=plan.device,
             share=share,

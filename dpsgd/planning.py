@@ -17,8 +17,9 @@ from dpsgd.clipping import (
 )
 from dpsgd.config import Config, DataConfig
 from dpsgd.data import PublicFacts
+from dpsgd.declared import declared_network
 from dpsgd.errors import ConfigError, fault
-from dpsgd.models import CLASSIFIER, build_model, freeze, trainable_params
+from dpsgd.models import CLASSIFIER, MODELS, freeze, trainable_params
 from dpsgd.optim import check_noise
 from dpsgd.passes import choose_device, choose_passes
 from dpsgd.privacy import (
@@ -162,6 +163,7 @@ class Plan:
             "seeded": config.train.seed is not None,
             f"num_{self.mechanism.unit}s": self.facts.num_examples,
             "num_classes": self.facts.num_classes,
+            "network": MODELS[config.model.name].title(config.model),
             "num_parameters": self.num_parameters,
             "num_frozen": self.num_frozen,
             "initialization": start.to_dict() if start is not None else None,
@@ -286,9 +288,7 @@ def outline(config: Config, facts: PublicFacts) -> nn.Module:
         ConfigError: The architecture or the choice of parameters is refused.
     """
     with torch.device("meta"):
-        model = build_model(
-            config.model, image_shape=facts.image_shape, num_classes=facts.num_classes
-        )
+        model = declared_network(config, facts)
     freeze(model, config.finetune.train)
     return model
 

@@ -14,6 +14,7 @@ from dpsgd.config import ModelConfig
 from dpsgd.errors import ConfigError
 from dpsgd.models import (
     MODELS,
+    Architecture,
     initialize,
     per_example_loss,
     per_user_loss,
@@ -51,7 +52,7 @@ def tiny_nf_resnet(
 
 @pytest.fixture(autouse=True)
 def _nf_resnets_are_tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(MODELS, "nf_resnet", tiny_nf_resnet)
+    monkeypatch.setitem(MODELS, "nf_resnet", Architecture(build=tiny_nf_resnet))
 
 
 def started(

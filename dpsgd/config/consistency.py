@@ -218,10 +218,6 @@ def _store_faults(config: Config) -> list[str]:
     if is_store and data.image_size is None:
         rule = "is required with data.source=store, whose images have many sizes"
         faults.append(fault("data.image_size", None, rule, "give a side in pixels"))
-    size = data.eval_image_size
-    if config.model.name == "convnet" and size not in (None, data.image_size):
-        rule = "model.name=convnet takes images of one size"
-        faults.append(fault("data.eval_image_size", size, rule, "remove it"))
     return faults
 
 

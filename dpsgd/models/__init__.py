@@ -1,7 +1,6 @@
 """Networks without batch normalisation, and the table of their names."""
 
 from collections.abc import Callable
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -10,28 +9,29 @@ from torch.func import functional_call
 
 from dpsgd.config import ModelConfig
 from dpsgd.errors import ConfigError, did_you_mean, fault
+from dpsgd.models.architecture import Architecture, Network
 from dpsgd.models.compatibility import check_model
-from dpsgd.models.convnet import build_convnet
+from dpsgd.models.convnet import CONVNET
 from dpsgd.models.layers import initialize
-from dpsgd.models.nf_resnet import build_nf_resnet
-from dpsgd.models.nfnet import build_nfnet
-from dpsgd.models.norm_free import NormFreeNetwork
+from dpsgd.models.nf_resnet import NF_RESNET
+from dpsgd.models.nfnet import NFNET
 from dpsgd.models.trainable import (
     CLASSIFIER,
     freeze,
     frozen_tensors,
     trainable_params,
 )
-from dpsgd.models.wide_resnet import build_wide_resnet
+from dpsgd.models.wide_resnet import WIDE_RESNET
 from dpsgd.trees import Params
 
 __all__ = [
     "CLASSIFIER",
     "MODELS",
+    "Architecture",
+    "Network",
     "build_model",
     "check_model",
     "classifier_loss",
-    "draws_per_view",
     "freeze",
     "frozen_tensors",
     "initialize",
@@ -41,35 +41,19 @@ __all__ = [
 ]
 
 
-class ModelBuilder(Protocol):
-    """Builds one architecture; the parameters are drawn by `initialize`.
-
-    The last layer is the module `classifier`: what it is given are the features.
-    """
-
-    def __call__(
-        self,
-        config: ModelConfig,
-        *,
-        image_shape: tuple[int, int, int],
-        num_classes: int,
-    ) -> nn.Module:
-        """Returns the network."""
-        ...
-
-
-MODELS: dict[str, ModelBuilder] = {
-    "convnet": build_convnet,
-    "nf_resnet": build_nf_resnet,
-    "nfnet": build_nfnet,
-    "wide_resnet": build_wide_resnet,
+MODELS: dict[str, Architecture] = {
+    "convnet": CONVNET,
+    "nf_resnet": NF_RESNET,
+    "nfnet": NFNET,
+    "wide_resnet": WIDE_RESNET,
 }
+"""Networks by name; a new one is a file with an `Architecture`, and a line here."""
 
 
 def build_model(
     config: ModelConfig, *, image_shape: tuple[int, int, int], num_classes: int
-) -> nn.Module:
-    """Builds the configured network, parameters undrawn, and checks it.
+) -> Network:
+    """Builds the configured network, parameters undrawn.
 
     Args:
         config: Architecture.
@@ -77,19 +61,18 @@ def build_model(
         num_classes: Outputs, >= 2.
 
     Raises:
-        ConfigError: The name is unknown, or the architecture refuses its settings.
+        ConfigError: The name is unknown, or the architecture refuses its settings; one
+            line for each.
     """
     if config.name not in MODELS:
         otherwise = f"known are {', '.join(MODELS)}"
         remedy = did_you_mean(config.name, MODELS, otherwise=otherwise)
         raise ConfigError(fault("model.name", config.name, "unknown model", remedy))
-    build = MODELS[config.name]
-    return build(config, image_shape=image_shape, num_classes=num_classes)
-
-
-def draws_per_view(model: nn.Module) -> int:
-    """Returns how many uniform numbers stochastic depth takes for a view, 0 without."""
-    return model.draws_per_view if isinstance(model, NormFreeNetwork) else 0
+    architecture = MODELS[config.name]
+    faults = architecture.faults(config, image_shape)
+    if faults:
+        raise ConfigError("\n".join(faults))
+    return architecture.build(config, image_shape=image_shape, num_classes=num_classes)
 
 
 def per_example_loss(

@@ -5,20 +5,23 @@ a small network learns more for the same epsilon (Tramer and Boneh 2021,
 arXiv:2011.11660).
 """
 
+from typing import ClassVar, Final
+
 import torch
 from torch import Tensor, nn
 
 from dpsgd.config import ModelConfig
-from dpsgd.errors import ConfigError, fault
+from dpsgd.errors import fault
+from dpsgd.models.architecture import Architecture, Network
 from dpsgd.models.layers import Conv2d, Linear, activation_and_norm
 from dpsgd.models.settings import faults_of_unused
 
-__all__ = ["ConvNet", "build_convnet"]
+__all__ = ["CONVNET", "ConvNet"]
 
 _FIRST_CHANNELS = 16
 
 
-class ConvNet(nn.Module):
+class ConvNet(Network):
     """3x3 convolutions, each but the first halving the image, then a classifier.
 
     Args:
@@ -26,6 +29,8 @@ class ConvNet(nn.Module):
         image_shape: (C, H, W) of one image.
         num_classes: Outputs.
     """
+
+    takes_one_size: ClassVar[bool] = True  # the classifier sees every pixel
 
     def __init__(
         self,
@@ -64,20 +69,8 @@ class ConvNet(nn.Module):
         return self.classifier(x.to(wide))  # type: ignore[no-any-return]
 
 
-def build_convnet(
-    config: ModelConfig, *, image_shape: tuple[int, int, int], num_classes: int
-) -> ConvNet:
-    """Builds the network that a configuration describes, parameters undrawn.
-
-    Args:
-        config: Depth, width, normalisation and compute type.
-        image_shape: (C, H, W) of one image.
-        num_classes: Outputs, >= 2.
-
-    Raises:
-        ConfigError: The depth would halve the image away, the groups do not divide the
-            channels, or a setting is given that the network does not have.
-    """
+def _faults(config: ModelConfig, image_shape: tuple[int, int, int]) -> list[str]:
+    """Returns why settings do not fit images of some (C, H, W), or the network."""
     faults = faults_of_unused(config, "variant", "skip_gain_init", "stochastic_depth")
     most = min(image_shape[1:]).bit_length()
     if config.depth > most:
@@ -87,6 +80,7 @@ def build_convnet(
     if config.normalization == "group_norm" and channels % config.groups:
         rule = f"must divide the first layer's {channels} channels"
         faults.append(fault("model.groups", config.groups, rule, "take 1, 4 or 16"))
-    if faults:
-        raise ConfigError("\n".join(faults))
-    return ConvNet(config, image_shape=image_shape, num_classes=num_classes)
+    return faults
+
+
+CONVNET: Final = Architecture(build=ConvNet, faults=_faults)

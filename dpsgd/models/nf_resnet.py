@@ -6,12 +6,15 @@ published; it has no skip gains; its standardisation adds 1e-5 to the variance, 
 the squared norm is at least 1e-4.
 """
 
+from typing import Final
+
 from dpsgd.config import ModelConfig
-from dpsgd.errors import ConfigError, fault
+from dpsgd.errors import fault
+from dpsgd.models.architecture import Architecture
 from dpsgd.models.norm_free import RELU, NormFreeDesign, NormFreeNetwork
 from dpsgd.models.settings import faults_of_norm_free, faults_of_unused
 
-__all__ = ["build_nf_resnet", "nf_resnet_design"]
+__all__ = ["NF_RESNET", "nf_resnet_design"]
 
 _DEPTHS = {
     50: (3, 4, 6, 3),
@@ -39,30 +42,31 @@ def nf_resnet_design(depth: int) -> NormFreeDesign:
     )
 
 
-def build_nf_resnet(
+def _build(
     config: ModelConfig, *, image_shape: tuple[int, int, int], num_classes: int
 ) -> NormFreeNetwork:
-    """Builds the NF-ResNet that a configuration describes, parameters undrawn.
-
-    Args:
-        config: Depth, skip gains, stochastic depth, padding and compute type.
-        image_shape: (C, H, W) of one image.
-        num_classes: Outputs, >= 2.
-
-    Raises:
-        ConfigError: The depth is not a published one, images are below 32 pixels, or a
-            setting is given that the network does not have.
-    """
-    faults = faults_of_norm_free(config, image_shape)
-    faults += faults_of_unused(config, "variant")
-    if config.depth not in _DEPTHS:
-        rule = f"must be one of {', '.join(map(str, _DEPTHS))}"
-        faults.append(fault("model.depth", config.depth, rule, "take one of them"))
-    if faults:
-        raise ConfigError("\n".join(faults))
+    """Returns the NF-ResNet that settings describe."""
     return NormFreeNetwork.configured(
         nf_resnet_design(config.depth),
         config,
         image_shape=image_shape,
         num_classes=num_classes,
     )
+
+
+def _faults(config: ModelConfig, image_shape: tuple[int, int, int]) -> list[str]:
+    """Returns why settings do not fit images of some (C, H, W), or the network."""
+    faults = faults_of_norm_free(config, image_shape)
+    faults += faults_of_unused(config, "variant")
+    if config.depth not in _DEPTHS:
+        rule = f"must be one of {', '.join(map(str, _DEPTHS))}"
+        faults.append(fault("model.depth", config.depth, rule, "take one of them"))
+    return faults
+
+
+def _title(config: ModelConfig) -> str:
+    """Returns the network's name as papers write it."""
+    return f"NF-ResNet-{config.depth}"
+
+
+NF_RESNET: Final = Architecture(build=_build, faults=_faults, title=_title)

@@ -7,12 +7,15 @@ does. Shortcuts are averaged over 2x2 pixels, so variances are below the predict
 where images are not smooth.
 """
 
+from typing import Final
+
 from dpsgd.config import ModelConfig
-from dpsgd.errors import ConfigError, fault
+from dpsgd.errors import fault
+from dpsgd.models.architecture import Architecture
 from dpsgd.models.norm_free import GELU, NormFreeDesign, NormFreeNetwork
 from dpsgd.models.settings import faults_of_norm_free, faults_of_unused
 
-__all__ = ["build_nfnet", "nfnet_design"]
+__all__ = ["NFNET", "nfnet_design"]
 
 _F0_DEPTHS = (1, 2, 6, 3)
 _VARIANTS = ("F0", "F1", "F2", "F3", "F4", "F5", "F6")
@@ -36,30 +39,35 @@ def nfnet_design(variant: str) -> NormFreeDesign:
     )
 
 
-def build_nfnet(
+def _build(
     config: ModelConfig, *, image_shape: tuple[int, int, int], num_classes: int
 ) -> NormFreeNetwork:
-    """Builds the NFNet that a configuration describes, parameters undrawn.
-
-    Args:
-        config: Variant, skip gains, stochastic depth, padding and compute type.
-        image_shape: (C, H, W) of one image.
-        num_classes: Outputs, >= 2.
-
-    Raises:
-        ConfigError: There is no variant, images are below 32 pixels, or a setting is
-            given that the network does not have.
-    """
-    faults = faults_of_norm_free(config, image_shape)
-    faults += faults_of_unused(config, "depth")
-    if config.variant is None:
-        rule = "an nfnet has a variant in place of a depth"
-        faults.append(fault("model.variant", None, rule, "take one of F0 to F6"))
-    if faults:
-        raise ConfigError("\n".join(faults))
+    """Returns the NFNet that settings describe."""
+    assert config.variant is not None  # its faults say so
     return NormFreeNetwork.configured(
-        nfnet_design(str(config.variant)),
+        nfnet_design(config.variant),
         config,
         image_shape=image_shape,
         num_classes=num_classes,
     )
+
+
+def _faults(config: ModelConfig, image_shape: tuple[int, int, int]) -> list[str]:
+    """Returns why settings do not fit images of some (C, H, W), or the network."""
+    faults = faults_of_norm_free(config, image_shape)
+    faults += faults_of_unused(config, "depth")
+    if config.variant not in _VARIANTS:
+        rule = f"must be one of {', '.join(_VARIANTS)}"
+        if config.variant is None:
+            rule = "an nfnet has a variant in place of a depth"
+        remedy = f"take one of {_VARIANTS[0]} to {_VARIANTS[-1]}"
+        faults.append(fault("model.variant", config.variant, rule, remedy))
+    return faults
+
+
+def _title(config: ModelConfig) -> str:
+    """Returns the network's name as papers write it."""
+    return f"NFNet-{config.variant}"
+
+
+NFNET: Final = Architecture(build=_build, faults=_faults, title=_title)

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from dpsgd.config import ModelConfig
 from dpsgd.kernels import Activation, position_mean, residual_activation
+from dpsgd.models.architecture import Network
 from dpsgd.models.layers import Addends, Conv2d, Layer, Linear
 
 __all__ = [
@@ -261,7 +262,7 @@ class NormFreeBlock(nn.Module):
         return scale
 
 
-class NormFreeNetwork(nn.Module):
+class NormFreeNetwork(Network):
     """A network of such blocks, for images of any size.
 
     Attributes:

@@ -10,13 +10,15 @@ only after the last row and column; `model.stride_padding=same` does as it does.
 
 from collections.abc import Callable
 from functools import partial
+from typing import Final
 
 import torch
 from torch import Tensor, nn
 
 from dpsgd.config import ModelConfig
-from dpsgd.errors import ConfigError, fault
+from dpsgd.errors import fault
 from dpsgd.kernels import position_mean
+from dpsgd.models.architecture import Architecture, Network
 from dpsgd.models.layers import (
     Addends,
     Conv2d,
@@ -26,7 +28,7 @@ from dpsgd.models.layers import (
 )
 from dpsgd.models.settings import faults_of_unused
 
-__all__ = ["WideResNet", "build_wide_resnet"]
+__all__ = ["WIDE_RESNET", "WideResNet"]
 
 _STEM_CHANNELS = 16
 _STAGE_CHANNELS = (16, 32, 64)
@@ -84,7 +86,7 @@ class Block(nn.Module):
         return result
 
 
-class WideResNet(nn.Module):
+class WideResNet(Network):
     """A Wide-ResNet of 6n + 4 layers for images of any size.
 
     Args:
@@ -142,29 +144,10 @@ class WideResNet(nn.Module):
         return self.classifier(position_mean(x))  # type: ignore[no-any-return]
 
 
-def build_wide_resnet(
+def _build(
     config: ModelConfig, *, image_shape: tuple[int, int, int], num_classes: int
 ) -> WideResNet:
-    """Builds the Wide-ResNet that a configuration describes, parameters undrawn.
-
-    Args:
-        config: Depth, width, normalisation, its order, and compute type.
-        image_shape: (C, H, W) of one image.
-        num_classes: Outputs, >= 2.
-
-    Raises:
-        ConfigError: The depth is not 6n + 4, the groups do not divide the channels, or
-            a setting is given that the network does not have.
-    """
-    faults = faults_of_unused(config, "variant", "skip_gain_init", "stochastic_depth")
-    if config.depth < 10 or (config.depth - 4) % 6:
-        rule = "must be 6n + 4 with n >= 1"
-        faults.append(fault("model.depth", config.depth, rule, "take 10, 16, 28 or 40"))
-    if config.normalization == "group_norm" and _STEM_CHANNELS % config.groups:
-        rule = f"must divide the stem's {_STEM_CHANNELS} channels"
-        faults.append(fault("model.groups", config.groups, rule, "take 1 to 16"))
-    if faults:
-        raise ConfigError("\n".join(faults))
+    """Returns the Wide-ResNet that settings describe, for images of any size."""
     return WideResNet(
         depth=config.depth,
         width=config.width,
@@ -175,3 +158,23 @@ def build_wide_resnet(
         stride_padding=config.stride_padding,
         compute_dtype=getattr(torch, config.compute_dtype),
     )
+
+
+def _faults(config: ModelConfig, image_shape: tuple[int, int, int]) -> list[str]:
+    """Returns why settings do not fit the network; images of any size do."""
+    faults = faults_of_unused(config, "variant", "skip_gain_init", "stochastic_depth")
+    if config.depth < 10 or (config.depth - 4) % 6:
+        rule = "must be 6n + 4 with n >= 1"
+        faults.append(fault("model.depth", config.depth, rule, "take 10, 16, 28 or 40"))
+    if config.normalization == "group_norm" and _STEM_CHANNELS % config.groups:
+        rule = f"must divide the stem's {_STEM_CHANNELS} channels"
+        faults.append(fault("model.groups", config.groups, rule, "take 1 to 16"))
+    return faults
+
+
+def _title(config: ModelConfig) -> str:
+    """Returns the network's name as papers write it."""
+    return f"WRN-{config.depth}-{config.width}"
+
+
+WIDE_RESNET: Final = Architecture(build=_build, faults=_faults, title=_title)

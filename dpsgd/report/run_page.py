@@ -190,10 +190,7 @@ def versions_table(run: RunRecord) -> Markup:
 def _subtitle(run: RunRecord) -> str:
     """Returns data, network and outcome in a line."""
     data = run.setting("data", "name") or run.setting("data", "source") or NOT_RECORDED
-    network = run.setting("model", "name") or NOT_RECORDED
-    if network == "wide_resnet":
-        depth, width = run.setting("model", "depth"), run.setting("model", "width")
-        network = f"WRN-{depth}-{width}"
+    network = run.network or NOT_RECORDED
     parameters = run.number("num_parameters")
     if parameters is not None:
         network = f"{network}, {count(parameters)} parameters"

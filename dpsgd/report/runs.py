@@ -215,6 +215,15 @@ class RunRecord:
         return None
 
     @property
+    def network(self) -> str | None:
+        """What the network is called, None if not recorded."""
+        model = _mapping(self.settings.get("model"))
+        name = model.get("name")
+        if name == "wide_resnet":  # the one title of before plan.json recorded it
+            name = f"WRN-{model.get('depth')}-{model.get('width')}"
+        return self.text("network") or name
+
+    @property
     def versions(self) -> dict[str, str]:
         """Versions of packages by name, of those that were there."""
         found = _mapping(self.environment.get("versions", self.result.get("versions")))

@@ -560,11 +560,6 @@ def test_a_store_takes_its_own_settings() -> None:
             "data.label_column=y: means nothing with data.source=store; remove it",
         ),
         (
-            {"data__eval_image_size": 256, "model__name": "convnet"},
-            "data.eval_image_size=256: model.name=convnet takes images of one size; "
-            "remove it",
-        ),
-        (
             {"data__group_column": "skin"},
             "data.group_column=skin: only parquet files have columns; remove it, or "
             "take parquet",

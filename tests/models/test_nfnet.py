@@ -54,6 +54,7 @@ def test_settings_reach_the_network() -> None:
     ("settings", "message"),
     [
         ({}, r"model\.variant=null: an nfnet has a variant.*; take one of F0 to F6"),
+        ({"variant": "F7"}, r"model\.variant=F7: must be one of F0, .*, F6; take one"),
         ({"variant": "F0", "depth": 50}, r"model\.depth=50: nfnet has no such setting"),
         ({"variant": "F0", "normalization": "group_norm"}, r"group_norm: nfnet normal"),
         ({"variant": "F0", "image_shape": (3, 8, 8)}, "these are 8x8"),

@@ -23,6 +23,24 @@ def test_a_finished_run_is_read(tmp_path: Path) -> None:
     assert not run.is_seeded
 
 
+@pytest.mark.parametrize(
+    ("model", "title", "told"),
+    [
+        ({}, "Net-3", "Net-3"),
+        ({}, None, "WRN-10-1"),  # a run of before titles were recorded
+        ({"model.name": "convnet"}, None, "convnet"),
+    ],
+)
+def test_a_network_is_called_what_its_run_recorded(
+    tmp_path: Path, model: dict[str, str], title: str | None, told: str
+) -> None:
+    plan = PLAN if title is None else {**PLAN, "network": title}
+
+    assert read_run(write_run(tmp_path / "run", settings=model, plan=plan)).network == (
+        told
+    )
+
+
 def test_classes_are_sorted_and_those_without_examples_left_out(tmp_path: Path) -> None:
     run = read_run(write_run(tmp_path / "run", report=result()))
 

@@ -19,8 +19,9 @@ class ModelConfig:
     """Number of layers: 6n + 4 for a Wide-ResNet, convolutions for a convnet, 50, 101,
     152, 200 or 288 for an NF-ResNet."""
 
-    variant: Literal["F0", "F1", "F2", "F3", "F4", "F5", "F6"] | None = None
-    """Size of an NFNet; null for all other networks."""
+    variant: str | None = None
+    """Size of a network whose sizes have names: F0 to F6 for an NFNet; null for all
+    others."""
 
     width: PositiveInt = 4
     """Channel multiplier: stages of a Wide-ResNet have 16, 32 and 64 times it, layers
