@@ -57,7 +57,7 @@ def title(config: ModelConfig) -> str:
     return f"Perceptron of {config.width}"
 
 
-PERCEPTRON = Architecture(build=Perceptron, faults=faults, title=title)
+PERCEPTRON = Architecture(build=Perceptron, uses=("width",), faults=faults, title=title)
 
 
 @pytest.fixture(autouse=True)
@@ -102,19 +102,21 @@ def test_a_run_is_resumed_measured_and_reported(
 def test_what_it_refuses_is_told_before_training() -> None:
     with pytest.raises(ConfigError, match=r"^model\.width=9: must be at most 8 for 8 "):
         plan_of(small_config(changes(model__width=9)))
+    with pytest.raises(ConfigError, match=r"^model\.groups=4: perceptron has no such"):
+        plan_of(small_config(changes(model__groups=4)))
     with pytest.raises(ConfigError, match=r"did you mean `perceptron`\?"):
         plan_of(small_config({"model.name": "perceptrom"}))
 
 
-@pytest.mark.parametrize("name", ["perceptron", "convnet"])
+@pytest.mark.parametrize(("name", "depth"), [("perceptron", 16), ("convnet", 2)])
 def test_one_that_takes_one_size_is_tested_on_no_other(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, depth: int
 ) -> None:
     for part, count in (("train", 60), ("test", 9)):
         make_store(tmp_path / part, count)
     sizes = {
         "model.name": name,
-        "model.depth": 2,
+        "model.depth": depth,
         "model.width": 4,
         "data.source": "store",
         "data.train": str(tmp_path / "train"),

@@ -52,7 +52,10 @@ def tiny_nf_resnet(
 
 @pytest.fixture(autouse=True)
 def _nf_resnets_are_tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(MODELS, "nf_resnet", Architecture(build=tiny_nf_resnet))
+    small = ("depth", "width")  # which small runs set
+    uses = ("skip_gain_init", "stochastic_depth", *small)
+    tiny = Architecture(build=tiny_nf_resnet, uses=uses)
+    monkeypatch.setitem(MODELS, "nf_resnet", tiny)
 
 
 def started(

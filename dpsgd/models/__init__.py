@@ -69,7 +69,7 @@ def build_model(
         remedy = did_you_mean(config.name, MODELS, otherwise=otherwise)
         raise ConfigError(fault("model.name", config.name, "unknown model", remedy))
     architecture = MODELS[config.name]
-    faults = architecture.faults(config, image_shape)
+    faults = architecture.refusals(config, image_shape)
     if faults:
         raise ConfigError("\n".join(faults))
     return architecture.build(config, image_shape=image_shape, num_classes=num_classes)

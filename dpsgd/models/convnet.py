@@ -14,10 +14,19 @@ from dpsgd.config import ModelConfig
 from dpsgd.errors import fault
 from dpsgd.models.architecture import Architecture, Network
 from dpsgd.models.layers import Conv2d, Linear, activation_and_norm
-from dpsgd.models.settings import faults_of_unused
 
 __all__ = ["CONVNET", "ConvNet"]
 
+_USES = (
+    "depth",
+    "width",
+    "normalization",
+    "groups",
+    "order",
+    "weight_standardization",
+    "compute_dtype",
+    "stride_padding",
+)
 _FIRST_CHANNELS = 16
 
 
@@ -71,7 +80,7 @@ class ConvNet(Network):
 
 def _faults(config: ModelConfig, image_shape: tuple[int, int, int]) -> list[str]:
     """Returns why settings do not fit images of some (C, H, W), or the network."""
-    faults = faults_of_unused(config, "variant", "skip_gain_init", "stochastic_depth")
+    faults = []
     most = min(image_shape[1:]).bit_length()
     if config.depth > most:
         rule = f"must be at most {most} for images of {image_shape[1:]} pixels"
@@ -83,4 +92,4 @@ def _faults(config: ModelConfig, image_shape: tuple[int, int, int]) -> list[str]
     return faults
 
 
-CONVNET: Final = Architecture(build=ConvNet, faults=_faults)
+CONVNET: Final = Architecture(build=ConvNet, uses=_USES, faults=_faults)

@@ -12,7 +12,7 @@ from dpsgd.config import ModelConfig
 from dpsgd.errors import fault
 from dpsgd.models.architecture import Architecture
 from dpsgd.models.norm_free import RELU, NormFreeDesign, NormFreeNetwork
-from dpsgd.models.settings import faults_of_norm_free, faults_of_unused
+from dpsgd.models.settings import NORM_FREE_SETTINGS, faults_of_norm_free
 
 __all__ = ["NF_RESNET", "nf_resnet_design"]
 
@@ -57,7 +57,6 @@ def _build(
 def _faults(config: ModelConfig, image_shape: tuple[int, int, int]) -> list[str]:
     """Returns why settings do not fit images of some (C, H, W), or the network."""
     faults = faults_of_norm_free(config, image_shape)
-    faults += faults_of_unused(config, "variant")
     if config.depth not in _DEPTHS:
         rule = f"must be one of {', '.join(map(str, _DEPTHS))}"
         faults.append(fault("model.depth", config.depth, rule, "take one of them"))
@@ -69,4 +68,9 @@ def _title(config: ModelConfig) -> str:
     return f"NF-ResNet-{config.depth}"
 
 
-NF_RESNET: Final = Architecture(build=_build, faults=_faults, title=_title)
+NF_RESNET: Final = Architecture(
+    build=_build,
+    uses=("depth", *NORM_FREE_SETTINGS),
+    faults=_faults,
+    title=_title,
+)

@@ -13,7 +13,7 @@ from dpsgd.config import ModelConfig
 from dpsgd.errors import fault
 from dpsgd.models.architecture import Architecture
 from dpsgd.models.norm_free import GELU, NormFreeDesign, NormFreeNetwork
-from dpsgd.models.settings import faults_of_norm_free, faults_of_unused
+from dpsgd.models.settings import NORM_FREE_SETTINGS, faults_of_norm_free
 
 __all__ = ["NFNET", "nfnet_design"]
 
@@ -55,7 +55,6 @@ def _build(
 def _faults(config: ModelConfig, image_shape: tuple[int, int, int]) -> list[str]:
     """Returns why settings do not fit images of some (C, H, W), or the network."""
     faults = faults_of_norm_free(config, image_shape)
-    faults += faults_of_unused(config, "depth")
     if config.variant not in _VARIANTS:
         rule = f"must be one of {', '.join(_VARIANTS)}"
         if config.variant is None:
@@ -70,4 +69,9 @@ def _title(config: ModelConfig) -> str:
     return f"NFNet-{config.variant}"
 
 
-NFNET: Final = Architecture(build=_build, faults=_faults, title=_title)
+NFNET: Final = Architecture(
+    build=_build,
+    uses=("variant", *NORM_FREE_SETTINGS),
+    faults=_faults,
+    title=_title,
+)

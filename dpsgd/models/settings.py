@@ -1,29 +1,23 @@
-"""Settings that a network cannot use, so that none is ignored silently."""
+"""Settings of networks without normalisation, whichever they are."""
 
-from dataclasses import fields
+from typing import Final
 
 from dpsgd.config import ModelConfig
 from dpsgd.errors import fault
 
-__all__ = ["faults_of_norm_free", "faults_of_unused"]
+__all__ = ["NORM_FREE_SETTINGS", "faults_of_norm_free"]
 
 _SMALLEST_SIDE = 32  # halved five times
 
-
-def faults_of_unused(config: ModelConfig, *names: str) -> list[str]:
-    """Returns a fault for each setting that is given and would change nothing.
-
-    Args:
-        config: Settings of the network.
-        *names: Those that its architecture does not have.
-    """
-    defaults = {one.name: one.default for one in fields(config)}
-    rule, remedy = f"{config.name} has no such setting", "remove it"
-    return [
-        fault(f"model.{name}", getattr(config, name), rule, remedy)
-        for name in names
-        if getattr(config, name) != defaults[name]
-    ]
+NORM_FREE_SETTINGS: Final = (
+    "normalization",
+    "weight_standardization",
+    "skip_gain_init",
+    "stochastic_depth",
+    "compute_dtype",
+    "stride_padding",
+)
+"""What they use, if only to refuse all but one value, besides their size."""
 
 
 def faults_of_norm_free(
@@ -35,7 +29,7 @@ def faults_of_norm_free(
         config: Settings of the network.
         image_shape: (C, H, W) of one image.
     """
-    faults = faults_of_unused(config, "width", "groups", "order")
+    faults = []
     if config.normalization != "none":
         rule = f"{config.name} normalises nothing"
         faults.append(

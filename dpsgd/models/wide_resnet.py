@@ -26,10 +26,19 @@ from dpsgd.models.layers import (
     activate,
     activation_and_norm,
 )
-from dpsgd.models.settings import faults_of_unused
 
 __all__ = ["WIDE_RESNET", "WideResNet"]
 
+_USES = (
+    "depth",
+    "width",
+    "normalization",
+    "groups",
+    "order",
+    "weight_standardization",
+    "compute_dtype",
+    "stride_padding",
+)
 _STEM_CHANNELS = 16
 _STAGE_CHANNELS = (16, 32, 64)
 _STAGE_STRIDES = (1, 2, 2)
@@ -162,7 +171,7 @@ def _build(
 
 def _faults(config: ModelConfig, image_shape: tuple[int, int, int]) -> list[str]:
     """Returns why settings do not fit the network; images of any size do."""
-    faults = faults_of_unused(config, "variant", "skip_gain_init", "stochastic_depth")
+    faults = []
     if config.depth < 10 or (config.depth - 4) % 6:
         rule = "must be 6n + 4 with n >= 1"
         faults.append(fault("model.depth", config.depth, rule, "take 10, 16, 28 or 40"))
@@ -177,4 +186,6 @@ def _title(config: ModelConfig) -> str:
     return f"WRN-{config.depth}-{config.width}"
 
 
-WIDE_RESNET: Final = Architecture(build=_build, faults=_faults, title=_title)
+WIDE_RESNET: Final = Architecture(
+    build=_build, uses=_USES, faults=_faults, title=_title
+)
