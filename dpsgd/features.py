@@ -8,10 +8,10 @@ views, and is refused for any other.
 import copy
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -19,7 +19,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from dpsgd.checkpoint import read_tensors, write_tensors
-from dpsgd.config import Config, config_to_dict
+from dpsgd.config import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    config_to_dict,
+    with_later_settings,
+)
 from dpsgd.data import (
     Dataset,
     Share,
@@ -39,16 +45,19 @@ __all__ = ["FeatureCache", "FeatureLoader"]
 _FIELD = "runtime.feature_cache"
 _FORMAT = 2  # 1 had views by row
 _VIEWS_PER_PASS = 512
-_OF_VIEWS = (
-    "augmentation",
-    "augmentation_multiplicity",
-    "crop_padding",
-    "image_size",
-    "mean",
-    "mixed_views",
-    "std",
-)
-_NOT_OF_FEATURES = ("init_from", "init_weights", "num_classes")
+# By the words of a message: a section, and its settings that change no feature of the
+# same data, which a fingerprint tells, and the same weights.
+_SECTIONS: Final[dict[str, tuple[type, tuple[str, ...]]]] = {
+    "views": (
+        DataConfig,
+        (
+            *("source", "name", "root", "train", "test"),
+            *("image_column", "label_column", "user_column", "group_column"),
+            *("num_examples", "num_users", "eval_image_size", "fixed_views"),
+        ),
+    ),
+    "network": (ModelConfig, ("init_from", "init_weights", "num_classes")),
+}
 
 
 class FeatureCache:
@@ -102,7 +111,7 @@ class FeatureCache:
             self._write(features, {**facts, "identity": self.identity})
             return features
         tensors, saved = self._saved
-        others = [name for name, value in facts.items() if saved.get(name) != value]
+        others = [name for name in facts if _comparable(name, saved) != facts[name]]
         if others:
             rule = f"holds features of other {', '.join(others)}"
             remedy = "name another file, and they are computed into it"
@@ -209,15 +218,24 @@ def _computed(model: nn.Module, dataset: Dataset, config: Config) -> Tensor:
 def _facts(model: nn.Module, dataset: Dataset, config: Config) -> dict[str, Any]:
     """Returns what the features depend on, under the words of a message."""
     settings = config_to_dict(config)
-    network = settings["model"]
-    return {
+    facts = {
         "format": _FORMAT,
         "data": dataset.fingerprint(),
         "weights": sha256(frozen_tensors(model)),
-        "views": {name: settings["data"][name] for name in _OF_VIEWS},
-        "network": {
-            name: value
-            for name, value in network.items()
-            if name not in _NOT_OF_FEATURES
-        },
+        "views": settings["data"],
+        "network": settings["model"],
     }
+    return {name: _comparable(name, facts) for name in facts}
+
+
+def _comparable(name: str, facts: Mapping[str, Any]) -> Any:
+    """Returns a fact, of settings those that may change a feature.
+
+    A file that is older than a setting was written when there was only its default.
+    """
+    value = facts.get(name)
+    if name not in _SECTIONS or value is None:
+        return value
+    section, free = _SECTIONS[name]
+    settings = with_later_settings(value, section)
+    return {key: settings[key] for key in settings if key not in free}

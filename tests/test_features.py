@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,16 @@ from small_runs import dpsgd_train, remembering, small_config, start, write_conf
 
 from dpsgd.assembly import plan_of
 from dpsgd.audit import audit
+from dpsgd.checkpoint import read_tensors, write_tensors
+from dpsgd.config import Config
 from dpsgd.data import ImageDataset, ViewLoader, load_datasets
 from dpsgd.errors import CheckpointError, ConfigError
+from dpsgd.features import FeatureCache
+from dpsgd.models import build_model, freeze, initialize
 from dpsgd.rng import RandomStreams
 from dpsgd.train import train
+
+Load = Callable[[Config], torch.Tensor]
 
 # float32 rounding of convolutions in batches of another size, grown over four steps
 ROUNDING = 1e-5
@@ -135,6 +142,81 @@ def test_a_cache_of_other_views_or_weights_is_refused(
     with pytest.raises(CheckpointError, match=rule):
         start(tmp_path / "second", {**begun, change: value})
     assert cache.read_bytes() == before
+
+
+@pytest.fixture(scope="module")
+def cached(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Load, Config]:
+    """A cache, what loads it for given settings, and the settings it is of."""
+    path = tmp_path_factory.mktemp("cached") / "cache.safetensors"
+    config = small_config(VIEWS)
+    model = build_model(config.model, image_shape=(1, 8, 8), num_classes=10)
+    initialize(model, RandomStreams.from_seed(0).generator("init"))
+    freeze(model, "classifier")
+    splits = load_datasets(config.data)
+    dataset = splits.train.placed(torch.device("cpu"), num_workers=0)
+
+    def load(config: Config) -> torch.Tensor:
+        return FeatureCache(path).load(model, dataset, config)
+
+    load(config)
+    return path, load, config
+
+
+def with_setting(config: Config, section: str, name: str, value: Any) -> Config:
+    own = dataclasses.replace(getattr(config, section), **{name: value})
+    return dataclasses.replace(config, **{section: own})
+
+
+@pytest.mark.parametrize(
+    ("section", "words", "free"),
+    [
+        (
+            "data",
+            "views",
+            {
+                *("source", "name", "root", "train", "test"),
+                *("image_column", "label_column", "user_column", "group_column"),
+                *("num_examples", "num_users", "eval_image_size", "fixed_views"),
+            },
+        ),
+        ("model", "network", {"init_from", "init_weights", "num_classes"}),
+    ],
+)
+def test_every_setting_is_compared_but_for_those_that_change_no_feature(
+    cached: tuple[Path, Load, Config], section: str, words: str, free: set[str]
+) -> None:
+    _, load, config = cached
+    for field in dataclasses.fields(getattr(config, section)):
+        other = with_setting(config, section, field.name, "another")
+        if field.name in free:
+            assert load(other).shape[:2] == (1437, 3)
+            continue
+        with pytest.raises(CheckpointError, match=f"features of other {words};"):
+            load(other)
+
+
+@pytest.mark.parametrize(
+    ("section", "words", "setting", "other"),
+    [
+        ("data", "views", "mixed_views", 1),
+        ("model", "network", "stride_padding", "same"),
+    ],
+)
+def test_a_cache_that_is_older_than_a_setting_had_its_default(
+    cached: tuple[Path, Load, Config],
+    section: str,
+    words: str,
+    setting: str,
+    other: Any,
+) -> None:
+    path, load, config = cached
+    tensors, facts = read_tensors(path)
+    del facts[words][setting]
+    write_tensors(path, tensors, facts)
+
+    assert torch.equal(load(config), tensors["features"])
+    with pytest.raises(CheckpointError, match=f"features of other {words};"):
+        load(with_setting(config, section, setting, other))
 
 
 def test_a_cache_of_other_data_is_refused_without_showing_a_fingerprint(

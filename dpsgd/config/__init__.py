@@ -7,6 +7,7 @@ from dpsgd.config.loader import (
     read_yaml,
     unknown_names,
     with_absolute_paths,
+    with_later_settings,
 )
 from dpsgd.config.rules import AugmentationName, NoiseName, PrivacyUnit
 from dpsgd.config.schema import (
@@ -44,4 +45,5 @@ __all__ = [
     "read_yaml",
     "unknown_names",
     "with_absolute_paths",
+    "with_later_settings",
 ]

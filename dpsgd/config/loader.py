@@ -25,6 +25,7 @@ __all__ = [
     "read_yaml",
     "unknown_names",
     "with_absolute_paths",
+    "with_later_settings",
 ]
 
 _Sections = dict[str, dict[str, Any]]
@@ -102,14 +103,34 @@ def config_to_dict(config: Config) -> _Sections:
     >>> parse_config(config_to_dict(config)) == config
     True
     """
-
-    def plain(value: Any) -> Any:
-        return list(value) if isinstance(value, tuple) else value
-
     return {
-        section: {key: plain(value) for key, value in values.items()}
+        section: {key: _plain(value) for key, value in values.items()}
         for section, values in dataclasses.asdict(config).items()
     }
+
+
+def with_later_settings(values: Mapping[str, Any], section: type) -> dict[str, Any]:
+    """Returns what a section held, with the defaults of settings that came later.
+
+    Args:
+        values: What `config_to_dict` once told of the section.
+        section: Its type.
+
+    >>> from dpsgd.config.schema import FinetuneConfig
+    >>> with_later_settings({"train": "classifier"}, FinetuneConfig)
+    {'train': 'classifier', 'classifier': 'initialize'}
+    """
+    defaults = {
+        field.name: _plain(field.default)
+        for field in dataclasses.fields(section)
+        if field.default is not dataclasses.MISSING
+    }
+    return {**defaults, **values}
+
+
+def _plain(value: Any) -> Any:
+    """Returns a value as YAML and JSON have it."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 def with_absolute_paths(config: Config) -> Config:
