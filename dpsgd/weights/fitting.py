@@ -19,17 +19,15 @@ __all__ = ["Initialization", "fit"]
 _FIELD = "model.init_from"
 _REMEDY = "give weights of this very network"
 _MOST_LINES = 5
-# Settings that decide what a network computes; not all show in the shapes of tensors.
-_DECIDING = (
-    "name",
-    "depth",
-    "variant",
-    "width",
-    "normalization",
-    "groups",
-    "order",
-    "weight_standardization",
-    "stride_padding",
+# Settings under which a network computes the same from the same tensors, or from all of
+# them but the classifier; what others decide need not show in the shapes of tensors.
+_NOT_DECIDING = (
+    "skip_gain_init",
+    "stochastic_depth",
+    "num_classes",
+    "compute_dtype",
+    "init_from",
+    "init_weights",
 )
 
 
@@ -132,7 +130,11 @@ def fit(weights: Weights, model: nn.Module, config: Config) -> Initialization:
 
 def _check_network(weights: Weights, config: Config) -> None:
     """Raises if the weights are known to be of a network that computes otherwise."""
-    wanted = {name: getattr(config.model, name) for name in _DECIDING}
+    wanted = {
+        one.name: getattr(config.model, one.name)
+        for one in fields(config.model)
+        if one.name not in _NOT_DECIDING
+    }
     network = {**weights.network, **network_of_named(weights.naming)}
     lines = [
         fault(f"model.{name}", wanted[name], f"the weights are of {value}", _REMEDY)

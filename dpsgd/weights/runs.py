@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dpsgd.checkpoint import CheckpointStore, read_tensors
+from dpsgd.config import ModelConfig, with_later_settings
 from dpsgd.errors import ConfigError, fault
 from dpsgd.report import RunDirectory, guarantee_in_words
 from dpsgd.trees import Params
@@ -63,9 +64,12 @@ def guarantee_of(facts: Mapping[str, Any]) -> str:
 
 
 def network_of(facts: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Returns the section `model` of the run, as far as its facts tell it."""
-    settings = facts.get("settings", facts)
-    return dict(settings.get("model", {}))
+    """Returns the section `model` of the run, empty if its facts do not tell it.
+
+    A run that is older than a setting had its default.
+    """
+    model = facts.get("settings", facts).get("model")
+    return with_later_settings(model, ModelConfig) if model else {}
 
 
 def _named(tensors: Params, prefix: str) -> Params:

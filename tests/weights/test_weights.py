@@ -4,6 +4,7 @@ import json
 import pickle
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,13 +16,15 @@ from safetensors.torch import save_file
 from small_runs import small_config
 from torch import nn
 
-from dpsgd.config import Config
+from dpsgd.config import Config, ModelConfig, config_to_dict
 from dpsgd.errors import CheckpointError, ConfigError
 from dpsgd.models import build_model, freeze, initialize
 from dpsgd.rng import RandomStreams
 from dpsgd.trees import Params
 from dpsgd.weights import Initialization, fit, read_weights
 from dpsgd.weights.named import NAME_MAPS
+from dpsgd.weights.runs import network_of
+from dpsgd.weights.sources import Weights
 
 SHAPE = (1, 8, 8)
 
@@ -77,6 +80,34 @@ def test_all_but_the_classifier_is_loaded(path: Path, given: Params) -> None:
     for name in start.loaded:
         assert torch.equal(model.state_dict()[name], given[name])
     assert torch.equal(model.classifier.weight, classifier)
+
+
+@pytest.mark.parametrize("name", [one.name for one in fields(ModelConfig)])
+def test_every_setting_is_compared_but_for_those_that_decide_nothing(
+    given: Params, name: str
+) -> None:
+    free = {
+        *("skip_gain_init", "stochastic_depth", "compute_dtype"),
+        *("num_classes", "init_from", "init_weights"),
+    }
+    config = small_config()
+    weights = Weights(source="x.pt", tensors=given, network={name: "another"})
+    if name in free:
+        assert fit(weights, network(config), config).loaded
+        return
+    own = getattr(config.model, name)
+    rule = f"^model.{name}={'null' if own is None else own}: the weights are of another"
+    with pytest.raises(ConfigError, match=rule):
+        fit(weights, network(config), config)
+
+
+def test_a_run_that_is_older_than_a_setting_had_its_default() -> None:
+    model = config_to_dict(small_config())["model"]
+    older = {name: model[name] for name in model if name != "stride_padding"}
+
+    assert network_of({"settings": {"model": older}}) == model
+    assert network_of({"model": older}) == model
+    assert network_of({"settings": {}}) == {}
 
 
 def test_rows_name_every_tensor(path: Path) -> None:
