@@ -1,6 +1,7 @@
 """From the state of a run to its checkpoint, and back."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import fields
 from typing import Any
 
 from torch import Tensor
@@ -13,15 +14,9 @@ from dpsgd.trees import Params
 
 __all__ = ["check_shapes", "restore_state", "save_state"]
 
-# What a state counts, as opposed to the tensors that it trains.
-_COUNTS = (
-    "step",
-    "best_accuracy",
-    "train_seconds",
-    "timed_steps",
-    "timed_seconds",
-    "wall_seconds",
-)
+# What a state trains; all else it counts, and a checkpoint holds as facts.
+_TENSORS = ("params", "ema", "optimizer")
+_COUNTS = tuple(one.name for one in fields(TrainState) if one.name not in _TENSORS)
 
 
 def save_state(

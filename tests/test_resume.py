@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from small_runs import (
     dpsgd_train,
     read_lines,
     small_config,
+    start,
     without_times,
     write_config,
 )
@@ -70,6 +72,22 @@ def assert_same_run(one: Path, two: Path) -> None:
         for run in (one, two)
     ]
     assert lines[0] == lines[1]
+
+
+def test_a_checkpoint_holds_all_that_a_state_counts(tmp_path: Path) -> None:
+    run, state, _ = start(tmp_path)
+    counts = {one.name: getattr(state, one.name) for one in fields(state)}
+    for name in ("params", "ema", "optimizer"):
+        del counts[name]
+    for number, name in enumerate(counts):
+        counts[name] = type(counts[name])(3 + number)
+        setattr(state, name, counts[name])
+    run.save(state)
+    _, facts = read_tensors(tmp_path / "step-00000003.safetensors")
+    _, resumed, _ = start(tmp_path, resume=True)
+
+    assert {name: facts[name] for name in counts} == counts
+    assert {name: getattr(resumed, name) for name in counts} == counts
 
 
 @pytest.mark.parametrize(
