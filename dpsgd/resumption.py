@@ -10,7 +10,6 @@ more is formed in the same order every time is nothing to rest a guarantee on.
 import dataclasses
 import functools
 import hashlib
-import json
 import os
 import platform
 from collections.abc import Mapping
@@ -21,7 +20,12 @@ import numpy as np
 import torch
 
 from dpsgd.checkpoint import Checkpoint, differences
-from dpsgd.config import Config, config_to_dict, with_absolute_paths
+from dpsgd.config import (
+    Config,
+    config_to_dict,
+    with_absolute_paths,
+    with_later_settings,
+)
 from dpsgd.data import DataSplits
 from dpsgd.errors import CheckpointError, fault
 from dpsgd.planning import Plan, build_mechanism
@@ -95,11 +99,10 @@ def _completed(
     sections = get_type_hints(Config)
     completed = {name: dict(values) for name, values in saved.items()}
     for name, values in present.items():
-        section = completed.setdefault(name, {})
-        for field in dataclasses.fields(sections[name]):
-            is_new = field.name in values and field.name not in section
-            if is_new and field.default is not dataclasses.MISSING:
-                section[field.name] = json.loads(json.dumps(field.default))
+        section = completed.get(name, {})
+        later = with_later_settings(section, sections[name])
+        kept = {key: later[key] for key in later if key in section or key in values}
+        completed[name] = kept
     return completed
 
 
