@@ -1,3 +1,4 @@
+import operator
 import os
 import random
 import shutil
@@ -26,6 +27,7 @@ from small_runs import (
     write_config,
 )
 
+import dpsgd.cli.train
 import dpsgd.resumption
 import dpsgd.train
 from dpsgd.checkpoint import read_tensors, write_tensors
@@ -475,6 +477,30 @@ def test_two_processes_do_not_train_in_one_folder(
         assert dpsgd_train("--resume", stopped) == 2
     assert "another process is training in it" in capsys.readouterr().err
     assert dpsgd_train("--resume", stopped) == 0
+
+
+def test_how_far_a_run_is_is_read_when_no_other_process_goes_on_with_it(
+    stopped: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another one that ended meanwhile would have released what is taken again."""
+    held = []
+    for what in ("CheckpointStore.newest", "last_evaluated_step", "assemble"):
+        real = operator.attrgetter(what)(dpsgd.cli.train)
+
+        def reads(
+            *given: Any, real: Callable[..., Any] = real, what: str = what, **named: Any
+        ) -> Any:
+            held.append((what, RunDirectory(stopped).is_locked()))
+            return real(*given, **named)
+
+        monkeypatch.setattr(f"dpsgd.cli.train.{what}", reads)
+
+    assert dpsgd_train("--resume", stopped) == 0
+    assert held == [
+        ("CheckpointStore.newest", True),
+        ("last_evaluated_step", True),
+        ("assemble", True),
+    ]
 
 
 def test_damaged_newest_checkpoint_is_named_and_an_older_one_serves(

@@ -7,7 +7,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -145,21 +145,25 @@ def _train(
     store = CheckpointStore(directory.checkpoints, keep=config.runtime.keep_checkpoints)
     if not resumes:
         directory.require_absent()
-    checkpoint = store.newest() if resumes else None
-    run, state, plan = assemble(
-        config,
-        store=store,
-        checkpoint=checkpoint,
-        shown_step=last_evaluated_step(directory.metrics),
-        ranks=ranks,
-    )
-    if not ranks.is_first:
-        with _memory_fault_told(plan):
-            return _follow(run, state)
-    if not resumes:
-        directory.create(config_to_dict(with_absolute_paths(config)))
-        _record_plan(directory, config, plan)
-    with directory.locked():
+    with ExitStack() as lock:
+        if resumes:  # before it is read how far the run is, lest another goes on
+            if ranks.is_first:
+                lock.enter_context(directory.locked())
+            ranks.meet()
+        run, state, plan = assemble(
+            config,
+            store=store,
+            checkpoint=store.newest() if resumes else None,
+            shown_step=last_evaluated_step(directory.metrics),
+            ranks=ranks,
+        )
+        if not ranks.is_first:
+            with _memory_fault_told(plan):
+                return _follow(run, state)
+        if not resumes:
+            directory.create(config_to_dict(with_absolute_paths(config)))
+            lock.enter_context(directory.locked())
+            _record_plan(directory, config, plan)
         return _train_locked(console, config, directory, run, state, plan)
 
 

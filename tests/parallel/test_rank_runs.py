@@ -18,6 +18,7 @@ from small_runs import ROOT, dpsgd_train, read_lines, small_config, write_config
 from dpsgd.checkpoint import CheckpointStore, read_tensors
 from dpsgd.errors import CheckpointError, ConfigError
 from dpsgd.parallel import joined
+from dpsgd.report import RunDirectory
 
 pytestmark = pytest.mark.distributed
 
@@ -276,6 +277,18 @@ def test_a_rank_that_fails_says_why_and_ends_the_others(
     assert done.returncode != 0
     assert time.monotonic() - started < 90
     assert "data.train=...: row 3 does not decode; mend it" in done.stderr
+    assert "exitcode  : 2" in done.stderr
+
+
+def test_ranks_go_on_only_where_no_other_process_trains(tmp_path: Path) -> None:
+    changes = {**SMALL, "runtime.parallel": "ddp", "train.num_steps": 1}
+    config, run = write_config(tmp_path, changes), tmp_path / "run"
+    assert dpsgd_train(config, "--run-dir", run) == 0
+    with RunDirectory(run).locked():
+        done = torchrun(ROOT / "bin" / "dpsgd-train", "--resume", run)
+
+    assert done.returncode != 0
+    assert f"--resume={run}: another process is training in it" in done.stderr
     assert "exitcode  : 2" in done.stderr
 
 
