@@ -420,6 +420,33 @@ def test_steps_that_were_shown_are_not_taken_again_with_either_noise(
     assert contents(stopped) == before
 
 
+@pytest.mark.parametrize("reached", [2, 3])
+def test_a_step_stays_shown_in_whatever_piece_of_the_run_it_was(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], reached: int
+) -> None:
+    run, rarely = tmp_path / "run", ("--set", "eval.every=5")
+    settings = {"train.num_steps": 6, "runtime.keep_checkpoints": 9}
+    config = write_config(tmp_path, settings)
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(patch, 4, signal.SIGTERM)
+        assert dpsgd_train(config, "--run-dir", run) == 143
+    # Bit for bit, so from before what was shown; with new noise that is refused.
+    for step in range(reached, 5):
+        (run / f"checkpoints/step-{step:08d}.safetensors").unlink()
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(patch, reached, signal.SIGTERM)
+        assert dpsgd_train("--resume", run, *rarely) == 143
+    capsys.readouterr()
+
+    other = ("--set", "runtime.microbatch_size=5")
+    assert dpsgd_train("--resume", run, *rarely, *other) == 2
+    told = f"step 4 was shown, the newest checkpoint is of step {reached}"
+    assert told in capsys.readouterr().err
+    assert dpsgd_train("--resume", run) == 0
+    steps = [line["step"] for line in read_lines(run / "metrics.jsonl")]
+    assert steps == [2, 4, 6]
+
+
 @pytest.mark.parametrize(
     ("member", "value"), [("sample_rate", 1e-3), ("noise_multiplier", 0.1)]
 )

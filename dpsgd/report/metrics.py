@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,13 @@ __all__ = ["MetricsWriter", "last_evaluated_step", "read_metrics", "to_json"]
 class MetricsWriter:
     """Appends records, after dropping those that a resumed run will write again.
 
+    No evaluation is dropped, since it was shown, and a step that was shown must not be
+    taken again with other noise (`dpsgd.resumption`); one that is repeated is replaced.
+
     Args:
         path: The file, made if it is missing.
-        from_step: Steps that the run has taken: records that were written after the
-            checkpoint are dropped, because the run repeats them.
+        from_step: Steps that the run has taken: unprotected values of later ones are
+            dropped, because the run repeats them.
 
     Raises:
         UserError: The file cannot be written.
@@ -27,20 +30,33 @@ class MetricsWriter:
 
     def __init__(self, path: Path, *, from_step: int = 0) -> None:
         self._path = path
-        lines = read_metrics(path)
-        kept = [line for line in lines if _precedes(line, from_step)]
-        temporary = path.with_name(f"{path.name}.tmp")
-        with _writing(path):
-            with temporary.open("w", encoding="utf-8") as file:
-                file.writelines(to_json(line) + "\n" for line in kept)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)  # a crash or power cut here loses no line
+        kept = [
+            line
+            for line in read_metrics(path)
+            if "unprotected" not in line or line["step"] <= from_step
+        ]
+        self._last_kept = max((line["step"] for line in kept), default=0)
+        self._put(kept)
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Appends one record, which has a `step`."""
+        """Adds one record, which has a `step`, in place of one of its step and kind."""
+        if record["step"] <= self._last_kept:
+            lines = read_metrics(self._path)
+            others = [line for line in lines if _order(line) != _order(record)]
+            self._put(sorted([*others, record], key=_order))
+            return
         with _writing(self._path), self._path.open("a", encoding="utf-8") as file:
             file.write(to_json(record) + "\n")
+
+    def _put(self, lines: Iterable[Mapping[str, Any]]) -> None:
+        """Replaces the file; a crash or power cut here loses no line."""
+        temporary = self._path.with_name(f"{self._path.name}.tmp")
+        with _writing(self._path):
+            with temporary.open("w", encoding="utf-8") as file:
+                file.writelines(to_json(line) + "\n" for line in lines)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(self._path)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -71,10 +87,9 @@ def to_json(value: Any, *, indent: int | None = None) -> str:
     return json.dumps(_strict(value), indent=indent, allow_nan=False)
 
 
-def _precedes(line: Mapping[str, Any], step: int) -> bool:
-    """Returns whether a record was written before the checkpoint of a step."""
-    is_evaluation = "unprotected" not in line  # told after the checkpoint, not before
-    return bool(line["step"] < step + (not is_evaluation))
+def _order(line: Mapping[str, Any]) -> tuple[int, bool]:
+    """Returns a record's place: unprotected values of a step, then its evaluation."""
+    return line["step"], "unprotected" not in line
 
 
 @contextmanager

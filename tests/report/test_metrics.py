@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from dpsgd.errors import UserError
-from dpsgd.report import MetricsWriter, read_metrics, to_json
+from dpsgd.report import MetricsWriter, last_evaluated_step, read_metrics, to_json
 
 
 def test_records_are_appended_a_line_each(tmp_path: Path) -> None:
@@ -21,21 +21,50 @@ def test_records_are_appended_a_line_each(tmp_path: Path) -> None:
     ]
 
 
-def test_a_resumed_run_drops_what_it_will_write_again(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
+def written_to_step_3(path: Path) -> None:
+    """Writes unprotected values and an evaluation of each of three steps."""
     writer = MetricsWriter(path)
     for step in (1, 2, 3):
         writer.write({"step": step, "unprotected": {}})
-        writer.write({"step": step, "loss": 0.5})
+        writer.write({"step": step, "test_accuracy": 0.5})
+
+
+def test_a_resumed_run_drops_no_evaluation(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    written_to_step_3(path)
     MetricsWriter(path, from_step=2)
 
-    # Step 2's evaluation follows its checkpoint, its unprotected values precede it.
+    # Step 3 was shown, whether or not it will be shown again.
     assert read_metrics(path) == [
         {"step": 1, "unprotected": {}},
-        {"step": 1, "loss": 0.5},
+        {"step": 1, "test_accuracy": 0.5},
         {"step": 2, "unprotected": {}},
+        {"step": 2, "test_accuracy": 0.5},
+        {"step": 3, "test_accuracy": 0.5},
     ]
+    assert last_evaluated_step(path) == 3
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_is_repeated_takes_its_own_place(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    written_to_step_3(path)
+    writer = MetricsWriter(path, from_step=1)
+    writer.write({"step": 1, "test_accuracy": 0.7})
+    writer.write({"step": 2, "unprotected": {}})
+    writer.write({"step": 3, "unprotected": {}})
+    writer.write({"step": 3, "test_accuracy": 0.9})
+    writer.write({"step": 4, "unprotected": {}})
+
+    assert read_metrics(path) == [
+        {"step": 1, "unprotected": {}},
+        {"step": 1, "test_accuracy": 0.7},
+        {"step": 2, "unprotected": {}},
+        {"step": 2, "test_accuracy": 0.5},
+        {"step": 3, "unprotected": {}},
+        {"step": 3, "test_accuracy": 0.9},
+        {"step": 4, "unprotected": {}},
+    ]
 
 
 def test_a_line_cut_short_by_a_crash_is_dropped(tmp_path: Path) -> None:
