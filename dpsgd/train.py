@@ -22,7 +22,7 @@ from dpsgd.run import (
     StepRecord,
     TrainState,
 )
-from dpsgd.trees import zeros_like
+from dpsgd.trees import all_finite, zeros_like
 
 __all__ = ["train", "train_step"]
 
@@ -77,8 +77,9 @@ def train(
     """Trains until the steps or the budget are spent, or a stop is requested.
 
     No evaluation leaves this function before a checkpoint holds its step, so that
-    what is repeated after a crash was never shown to anyone. (Unprotected values do,
-    if they are asked for; no guarantee speaks of them.)
+    what is repeated after a crash was never shown to anyone; nor does the news that it
+    diverged. (Unprotected values do, if they are asked for; no guarantee speaks of
+    them.)
 
     Args:
         run: Parts of the run.
@@ -94,10 +95,7 @@ def train(
     ahead = LoadAhead(run.load_views)
     run = replace(run, load_views=ahead)
     watch = _Stopwatch(state)
-    if state.step == 0:
-        run.save(state)  # a run killed in its first steps can go on, too
-    elif _evaluates_at(run, state.step):
-        _evaluate(run, state, observers)  # the run ended before this was recorded
+    _begin(run, state, observers)
     while state.step < run.ledger.max_steps:
         run.ledger.require(state.step + 1)
         watch.skip()
@@ -119,6 +117,16 @@ def train(
             return "interrupted"
     watch.skip()
     return "finished" if state.step >= run.mechanism.num_steps else "budget_spent"
+
+
+def _begin(run: Run, state: TrainState, observers: Sequence[Observer]) -> None:
+    """Saves before the first step; later repeats what may not have been told."""
+    if state.step == 0:
+        run.save(state)  # a run killed in its first steps can go on, too
+        return
+    _check_finite(run, state)
+    if _evaluates_at(run, state.step):
+        _evaluate(run, state, observers)
 
 
 class _Stopwatch:
@@ -184,9 +192,12 @@ def _evaluate(run: Run, state: TrainState, observers: Sequence[Observer]) -> Non
 
 
 def _check_finite(run: Run, state: TrainState) -> None:
-    """Raises if training has diverged; parameters are private, so looking is free."""
-    norms = torch.stack(torch._foreach_norm(list(state.params.values())))
-    if run.ranks.any(not torch.isfinite(norms).all()):
+    """Raises if training has diverged; parameters are private, so looking is free.
+
+    To say so shows the step, which must not be taken again: it is saved before.
+    """
+    if run.ranks.any(not all_finite(state.params)):
+        run.save(state)
         raise _diverged(run, state, "parameters")
 
 

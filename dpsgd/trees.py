@@ -7,9 +7,22 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-__all__ = ["Params", "num_elements", "sha256", "zeros_like"]
+__all__ = ["Params", "all_finite", "num_elements", "sha256", "zeros_like"]
 
 Params = dict[str, Tensor]
+
+
+def all_finite(params: Mapping[str, Tensor]) -> bool:
+    """Returns whether no leaf holds inf or NaN; if so the device is waited for once.
+
+    >>> all_finite({"weight": torch.tensor([3e38, 0.0]), "none": torch.zeros(0, 3)})
+    True
+    """
+    norms = torch._foreach_norm(list(params.values()))
+    if torch.stack(norms).isfinite().all():
+        return True
+    # A norm overflows where no element does: its squares do.
+    return all(bool(leaf.isfinite().all()) for leaf in params.values())
 
 
 def num_elements(params: Mapping[str, Tensor]) -> int:

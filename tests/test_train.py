@@ -413,10 +413,46 @@ def test_divergence_names_the_learning_rate(tmp_path: Path) -> None:
         match=r"optimizer\.learning_rate=1e\+30: training diverged.*lower the learning",
     ):
         train(run, state)
-    # The checkpoint of the start is all there is: none holds inf or NaN.
-    assert [path.name for path in tmp_path.glob("step-*")] == [
-        "step-00000000.safetensors"
-    ]
+
+
+def with_biases(monkeypatch: pytest.MonkeyPatch, value: float) -> None:
+    """Makes every step leave the same value in all biases of the classifier."""
+    take_step = dpsgd.train.train_step
+
+    def filling(run: Run, state: TrainState) -> Any:
+        passes = take_step(run, state)
+        state.params["classifier.bias"].fill_(value)
+        return passes
+
+    monkeypatch.setattr(dpsgd.train, "train_step", filling)
+
+
+def test_a_step_that_is_told_to_have_diverged_is_not_taken_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"runtime.checkpoint_every": 100}
+    run, state, _ = start(tmp_path, settings)
+    with_biases(monkeypatch, float("nan"))
+    with pytest.raises(UserError, match=r"the parameters held .* after step 1;"):
+        train(run, state)
+
+    monkeypatch.undo()
+    run, state, _ = start(tmp_path, settings, resume=True)
+    assert state.step == 1
+    with pytest.raises(UserError, match=r"the parameters held .* after step 1;"):
+        train(run, state)
+    assert state.step == 1
+
+
+def test_large_parameters_are_no_divergence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, state, _ = start(tmp_path, {"train.num_steps": 1})
+    measured = run.evaluate(state.params)
+    run = dataclasses.replace(run, evaluate=lambda _: measured)
+    with_biases(monkeypatch, 2e19)  # its square is inf in float32
+
+    assert train(run, state) == "finished"
 
 
 def test_a_test_loss_that_is_not_finite_is_divergence_too(tmp_path: Path) -> None:

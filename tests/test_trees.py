@@ -1,6 +1,7 @@
+import pytest
 import torch
 
-from dpsgd.trees import num_elements, zeros_like
+from dpsgd.trees import all_finite, num_elements, zeros_like
 
 
 def test_elements_of_all_leaves_are_counted() -> None:
@@ -27,3 +28,13 @@ def test_zeros_share_no_memory_with_the_leaves() -> None:
     zeros_like(leaves)["w"] += 5
 
     assert leaves["w"].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("others", [1.0, 3e38])
+def test_one_element_that_is_not_finite_is_found(value: float, others: float) -> None:
+    leaves = {"a": torch.ones(3), "b": torch.full((2, 5), others), "c": torch.ones(0)}
+
+    assert all_finite(leaves)  # although the norm of 3e38 is not
+    leaves["b"][1, 3] = value
+    assert not all_finite(leaves)
