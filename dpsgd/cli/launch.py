@@ -4,13 +4,18 @@ import json
 import os
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from socket import gethostname
+from typing import Any, Final
+from uuid import uuid4
 
 from dpsgd.errors import ConfigError, fault
 from dpsgd.parallel import Ranks
 from dpsgd.report import RunDirectory, default_run_directory
 
 __all__ = ["launch_of", "run_of"]
+
+_BOOT: Final = Path("/proc/sys/kernel/random/boot_id")
+_START_TIME: Final = 19  # of the words of /proc/PID/stat after the name; in ticks
 
 
 def run_of(
@@ -58,6 +63,20 @@ def _begun_by(directory: RunDirectory) -> str | None:
 
 
 def _launch() -> str:
-    """Returns what all processes of one torchrun share, and those of others do not."""
+    """Returns what all processes of one torchrun share, and those of others do not.
+
+    That is its rendezvous id or, without one, torchrun itself, their parent. Its number
+    alone names no process: in every container it may be 1, and numbers come again. A
+    machine's name may be another container's, too, so the machine is told by its boot.
+    """
     named = os.environ.get("TORCHELASTIC_RUN_ID", "none")
-    return named if named != "none" else f"process {os.getppid()}"
+    if named != "none":
+        return named
+    parent = os.getppid()
+    try:
+        boot = _BOOT.read_text(encoding="utf-8").strip()
+        status = Path(f"/proc/{parent}/stat").read_text(encoding="utf-8")
+    except OSError:  # not Linux: a launch that cannot be told from others is like none
+        return f"unknown {uuid4()}"
+    started = status.rpartition(")")[2].split()[_START_TIME]
+    return f"process {parent} of {gethostname()}, boot {boot}, started at {started}"

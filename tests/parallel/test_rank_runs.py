@@ -1,5 +1,6 @@
 """Runs of several ranks: their checkpoints, what they refuse, how they end."""
 
+import json
 import os
 import signal
 import subprocess
@@ -16,8 +17,9 @@ from rank_processes import Arrays, RankGroup, alone
 from small_runs import ROOT, dpsgd_train, read_lines, small_config, write_config
 
 from dpsgd.checkpoint import CheckpointStore, read_tensors
+from dpsgd.cli.launch import launch_of, run_of
 from dpsgd.errors import CheckpointError, ConfigError
-from dpsgd.parallel import joined
+from dpsgd.parallel import Ranks, joined
 from dpsgd.report import RunDirectory
 
 pytestmark = pytest.mark.distributed
@@ -306,3 +308,33 @@ def test_a_restarted_process_leaves_the_runs_of_others_alone(
     shown = capsys.readouterr().err.splitlines()
     assert shown[0].startswith("--run-dir=null: torchrun may start the processes again")
     assert "holds a run or other files already" in shown[1]
+
+
+def test_a_launch_without_an_id_is_told_from_one_in_another_container(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There torchrun is process 1, too."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    (tmp_path / "environment.json").write_text(json.dumps(launch_of()))
+
+    def is_ours() -> bool:
+        return run_of(None, tmp_path, Path("config.yaml"), Ranks())[1]
+
+    assert is_ours()
+    with monkeypatch.context() as other:
+        other.setattr("dpsgd.cli.launch.gethostname", lambda: "other")
+        assert not is_ours()
+    with monkeypatch.context() as other:
+        (tmp_path / "boot").write_text("other")
+        other.setattr("dpsgd.cli.launch._BOOT", tmp_path / "boot")
+        assert not is_ours()
+    with monkeypatch.context() as other:
+        other.setattr("dpsgd.cli.launch._START_TIME", 0)  # as if begun at another time
+        assert not is_ours()
+    with monkeypatch.context() as other:
+        other.setattr("os.getppid", os.getpid)
+        assert not is_ours()
+    monkeypatch.setattr("dpsgd.cli.launch._BOOT", tmp_path / "absent")
+    (tmp_path / "environment.json").write_text(json.dumps(launch_of()))
+    assert not is_ours()  # nobody knows
