@@ -6,11 +6,13 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, TextIO, cast
 
 from dpsgd.errors import UserError, fault
 
 __all__ = ["MetricsWriter", "last_evaluated_step", "read_metrics", "to_json"]
+
+_OWNER_ONLY: Final = 0o600
 
 
 class MetricsWriter:
@@ -20,7 +22,8 @@ class MetricsWriter:
     taken again with other noise (`dpsgd.resumption`); one that is repeated is replaced.
 
     Args:
-        path: The file, made if it is missing.
+        path: The file, made if it is missing; readable by its owner only, since times
+            and unprotected values are not for others.
         from_step: Steps that the run has taken: unprotected values of later ones are
             dropped, because the run repeats them.
 
@@ -45,14 +48,15 @@ class MetricsWriter:
             others = [line for line in lines if _order(line) != _order(record)]
             self._put(sorted([*others, record], key=_order))
             return
-        with _writing(self._path), self._path.open("a", encoding="utf-8") as file:
+        with _writing(self._path), _opened(self._path, "a") as file:
             file.write(to_json(record) + "\n")
 
     def _put(self, lines: Iterable[Mapping[str, Any]]) -> None:
         """Replaces the file; a crash or power cut here loses no line."""
         temporary = self._path.with_name(f"{self._path.name}.tmp")
         with _writing(self._path):
-            with temporary.open("w", encoding="utf-8") as file:
+            temporary.unlink(missing_ok=True)  # of a crash, maybe others may read it
+            with _opened(temporary, "x") as file:
                 file.writelines(to_json(line) + "\n" for line in lines)
                 file.flush()
                 os.fsync(file.fileno())
@@ -85,6 +89,15 @@ def to_json(value: Any, *, indent: int | None = None) -> str:
     '{"loss": null, "step": 3}'
     """
     return json.dumps(_strict(value), indent=indent, allow_nan=False)
+
+
+def _opened(path: Path, mode: str) -> TextIO:
+    """Opens a text file, which is readable by its owner only if it is made here."""
+
+    def opener(name: str, flags: int) -> int:
+        return os.open(name, flags, mode=_OWNER_ONLY)
+
+    return cast(TextIO, open(path, mode, encoding="utf-8", opener=opener))
 
 
 def _order(line: Mapping[str, Any]) -> tuple[int, bool]:

@@ -103,6 +103,19 @@ def test_kept_lines_are_on_the_disk_before_they_replace_the_file(
     assert read_metrics(path) == [{"step": 1}]
 
 
+def test_only_the_owner_reads_it(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    for old in (path, tmp_path / "metrics.jsonl.tmp"):  # as they once were made
+        old.touch()
+        old.chmod(0o644)
+    writer = MetricsWriter(path)
+
+    assert path.stat().st_mode & 0o777 == 0o600
+    path.unlink()
+    writer.write({"step": 1})
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
 def test_a_file_that_cannot_be_written_is_a_users_fault(tmp_path: Path) -> None:
     path = tmp_path / "absent" / "metrics.jsonl"
     with pytest.raises(UserError, match=r"metrics=.*No such file.*go on with --resume"):
