@@ -81,10 +81,10 @@ class PrivacyLedger:
             return
         if self.max_steps < self.mechanism.num_steps:
             rule = f"passes max_epsilon={self.max_epsilon} after {self.max_steps} steps"
-            remedy = "raise privacy.max_epsilon, or stop here"
+            remedy = "stop here, or start a new run with a higher privacy.max_epsilon"
         else:
             rule = f"passes the {self.max_steps} steps that are accounted for"
-            remedy = "raise train.num_steps and calibrate again, or stop here"
+            remedy = "stop here, or start a new run with more train.num_steps"
         raise BudgetExceededError(fault("num_steps", step_count, rule, remedy))
 
     def epsilon_spent(self, num_steps: int) -> float:

@@ -87,8 +87,12 @@ def test_a_limit_stops_the_run_before_it_is_passed():
     assert 0 < last < 200
     assert ledger.epsilon_exactly(last) <= 1.0 < ledger.epsilon_exactly(last + 1)
     ledger.require(last)
-    with pytest.raises(BudgetExceededError, match=rf"^num_steps={last + 1}: .*; "):
+    with pytest.raises(
+        BudgetExceededError, match=rf"^num_steps={last + 1}: .*; "
+    ) as told:
         ledger.require(last + 1)
+    # A resumed run refuses another limit: it is part of what the run began with.
+    assert "start a new run with a higher privacy.max_epsilon" in str(told.value)
 
 
 def test_a_limit_above_the_plan_changes_nothing():
