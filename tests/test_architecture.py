@@ -127,6 +127,16 @@ def test_imports_only_point_down(path: Path, tree: ast.Module) -> None:
     assert not wrong, f"{room} imports {wrong}"
 
 
+def test_the_readme_lists_every_room_above_those_that_it_imports() -> None:
+    tree = (PACKAGE.parent / "README.md").read_text().partition("```text\ndpsgd/\n")[2]
+    names = re.findall(r"^  ([a-z_]+)(?:/|\.py) ", tree.partition("```")[0], re.M)
+    depths = [-1 if name in FOUNDATIONS else LAYERS[name] for name in names]
+
+    assert {*names} == {*LAYERS} - {"__init__"}
+    assert len(names) == len({*names})
+    assert depths == sorted(depths, reverse=True)
+
+
 def test_imports_are_absolute(tree: ast.Module) -> None:
     assert not {name for name in imported_modules(tree) if name.startswith(".")}
 
