@@ -47,8 +47,9 @@ _LOSSES_AT_ONCE = 500
 def audited_config(config: Config, num_gradient_canaries: int) -> Config:
     """Returns the settings of a run that canaries can be planted into.
 
-    Gradient canaries use parameters beside the layers, which the ghost engine cannot
-    follow: their runs take the other one. Image canaries leave the engine as it is.
+    Gradient canaries use layers' own parameters outside of the layers, too, of which
+    the ghost engine would measure a part and so refuses them: their runs take the other
+    one. Image canaries leave the engine as it is.
 
     Args:
         config: Of the run to be audited.
