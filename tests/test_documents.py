@@ -301,6 +301,32 @@ def test_results_are_listed_with_the_settings_of_their_configs() -> None:
         assert (config.model.depth, config.model.width) == (int(depth), int(width))
 
 
+EXPECTED_TIME = re.compile(
+    r"about (\d+) (h|min) on one H200, from the ([\d,]+) views/s of .*; not measured",
+    re.DOTALL,
+)
+
+
+def test_times_that_are_expected_follow_from_the_speed_beside_them() -> None:
+    results = (ROOT / "docs" / "results.md").read_text()
+    told = {path: EXPECTED_TIME.search(path.read_text()) for path in CONFIGS}
+    found = {path: words for path, words in told.items() if words}
+
+    assert {path.stem for path in found} == {
+        *(f"cifar10_wrn16-4_eps{epsilon}" for epsilon in (2, 3, 4, 6)),
+        *(f"cifar10_wrn40-4_eps{epsilon}" for epsilon in (1, 2, 3, 4, 6, 8)),
+    }
+    for path, words in found.items():
+        count, unit, speed = words.groups()
+        config = load_config(path)
+        views = examples_of(config) * config.views_per_unit
+        hours = views / int(speed.replace(",", "")) / 3600
+        shown = f"{hours:.0f}" if unit == "h" else f"{hours:.1f}"
+        assert int(count) == round(hours * (1 if unit == "h" else 60))
+        command = f"`bin/dpsgd-train configs/{path.name}`"
+        assert f"one H200 | {shown} expected | [{command}](" in results
+
+
 def test_the_sweep_that_is_explained_can_be_read(tmp_path: Path) -> None:
     text = (ROOT / "docs" / "sweeps.md").read_text()
     example = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)[0]
