@@ -271,7 +271,8 @@ def lattice_epsilon(
         enough: Not refined any more once epsilon is at most this.
 
     Returns:
-        Epsilon >= 0, in hundredths of a second, or seconds for a tiny q.
+        Epsilon >= 0, in hundredths of a second, or tenths for a tiny q: at most 0.43 s,
+        both directions together, in benchmarks/results/accountants.md.
 
     Raises:
         MeshError: A noise multiplier is below about 0.03.
