@@ -11,12 +11,11 @@ docs/accounting.md quotes. Seconds are of one core.
 import argparse
 import json
 import math
-import platform
 import resource
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,9 @@ from dpsgd.privacy.estimator import contour_epsilon
 from dpsgd.privacy.gdp import gdp_epsilon
 from dpsgd.privacy.lattice import lattice_epsilon
 from dpsgd.privacy.peer import peer_distribution, peer_interval, peer_rdp
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import machine
 
 Row = dict[str, Any]
 
@@ -79,6 +81,7 @@ PEER_ROUNDING, TRUSTED = 1e-15, 2e-4
 STATED_ERROR = 1e-6  # of the estimate where contours settle, and of rounding
 LATTICE_ERROR = 3e-4  # of the lattice that stands in elsewhere, over that of pld
 PEER_ERROR = 2e-3  # of what dp-accounting, with its rounding, says to be the largest
+SHOWN = ("numpy", "scipy", "prv-accountant", "dp-accounting")  # of the versions
 MAX_SECONDS, MAX_MEGABYTES = 10.0, 2048.0
 
 
@@ -320,7 +323,9 @@ def markdown(rows: Sequence[Row], facts: Row) -> str:
     lines = ["# What every account says", ""]
     lines += [f"* {name}: {value:.4g}" for name, value in summary(rows).items()]
     lines += ["", *overview(rows), ""]
-    lines += [", ".join(f"{name} {value}" for name, value in facts.items()), ""]
+    versions = {name: facts["versions"][name] for name in SHOWN}
+    told = {name: facts[name] for name in ("processor", "python")} | versions
+    lines += [", ".join(f"{name} {value}" for name, value in told.items()), ""]
     lines += [
         "`steps x (rate, noise multiplier)`. estimate, prv, pld and rdp are ours, of "
         "which the last three are upper bounds; then what dp-accounting brackets; gdp "
@@ -354,12 +359,7 @@ def main() -> None:
     rows = [ours(phases, delta) for phases, delta in runs]
     for row, (phases, delta) in zip(rows, runs, strict=True):
         row["peer"] = theirs(phases, delta)
-    facts = {
-        "processor": platform.processor() or platform.machine(),
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("numpy", "scipy", "prv-accountant")},
-        "dp-accounting": version("dp-accounting"),
-    }
+    facts = machine.facts("scipy", "dp-accounting")
     if arguments.save:
         text = json.dumps({**facts, "rows": rows}, indent=1, allow_nan=False)
         arguments.save.write_text(text + "\n")

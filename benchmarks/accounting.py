@@ -10,8 +10,8 @@ tests. Seconds are of one core, by accountants that have seen nothing yet.
 import argparse
 import json
 import math
-import platform
 import statistics
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +28,9 @@ from dpsgd.privacy import (
     estimate_delta,
     estimate_epsilon,
 )
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import machine
 
 Row = dict[str, Any]
 
@@ -132,12 +135,13 @@ def main() -> None:
     parser.add_argument("--save", type=Path, help="JSON file; .md is written beside it")
     arguments = parser.parse_args()
     rows = [measure(setting, name) for name in ACCOUNTANTS for setting in SETTINGS]
-    processor = platform.processor() or platform.machine()
-    print(markdown(rows, processor))
+    facts = machine.facts("scipy")
+    told = markdown(rows, facts["processor"])
+    print(told)
     if arguments.save:
-        report = {"processor": processor, "rows": rows}
-        arguments.save.write_text(json.dumps(report, indent=1) + "\n")
-        arguments.save.with_suffix(".md").write_text(markdown(rows, processor))
+        text = json.dumps({**facts, "rows": rows}, indent=1)
+        arguments.save.write_text(text + "\n")
+        arguments.save.with_suffix(".md").write_text(told)
 
 
 HEADINGS = (

@@ -8,7 +8,7 @@ beside the file, as a PNG.
 """
 
 import argparse
-import platform
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,9 @@ from dpsgd.config import load_config
 from dpsgd.data import load_datasets
 from dpsgd.privacy import Trials
 from dpsgd.report import to_json
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import machine
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "digits.yaml"
 EPSILONS = (1.0, 2.0, 4.0, 8.0)
@@ -127,8 +130,8 @@ def main() -> None:
                 table.add_row(name, claimed, bound, f"{value:.4f}", share)
     Console().print(table)
     if arguments.save:
-        facts = {"processor": platform.processor() or platform.machine()}
-        arguments.save.write_text(to_json({**facts, "rows": rows}, indent=1) + "\n")
+        facts = {**machine.facts(), "rows": rows}
+        arguments.save.write_text(to_json(facts, indent=1) + "\n")
         draw(rows, arguments.save.with_suffix(".png"))
 
 

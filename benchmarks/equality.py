@@ -44,6 +44,7 @@ from dpsgd.train import train_step
 from dpsgd.trees import Params, num_elements, sha256
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+import machine
 import scaling
 
 NETWORKS: dict[str, dict[str, Any]] = {
@@ -324,8 +325,8 @@ def main() -> int:
         rows = measured(arguments)
     Console(width=120).print(table_of(rows))
     if arguments.save:
-        facts = {"steps": arguments.steps, **scaling.machine()}
-        arguments.save.write_text(to_json({**facts, "rows": rows}, indent=1) + "\n")
+        facts = {"steps": arguments.steps, **machine.facts(), "rows": rows}
+        arguments.save.write_text(to_json(facts, indent=1) + "\n")
     return 0 if all(is_equal(row) for row in rows) else 1
 
 

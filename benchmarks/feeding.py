@@ -27,11 +27,12 @@ from dpsgd.clipping import clipped_grad
 from dpsgd.config import DataConfig
 from dpsgd.data import Resizing, ViewLoader, load_datasets, open_source, prepare
 from dpsgd.models import per_example_loss, trainable_params
-from dpsgd.report import environment, to_json
+from dpsgd.report import to_json
 from dpsgd.rng import RandomStreams
 from dpsgd.trees import zeros_like
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+import machine
 from loading import SIZE, photographs, write_folder
 from throughput_paths import WORK, Work, network
 
@@ -185,8 +186,7 @@ def main() -> None:
         )
     show(row)
     facts = {
-        **environment(),
-        "cores": os.cpu_count(),
+        **machine.facts(),
         "workers": arguments.workers,
         "image_size": SIZE,
         "mean_bytes": size,

@@ -36,9 +36,12 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from dpsgd.report import RunDirectory, environment, to_json
+from dpsgd.report import RunDirectory, to_json
 from dpsgd.report.drawing import LIGHT, new_axes, to_svg
 from dpsgd.report.runs import read_evaluations
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import machine
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -342,7 +345,7 @@ def collected(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     rows = [row for row in found if row is not None]
     print(f"{len(rows)} of {len(planned)} runs are finished")
     if arguments.save:
-        text = to_json({**environment(), "rows": rows}, indent=1)
+        text = to_json({**machine.facts(), "rows": rows}, indent=1)
         arguments.save.write_text(text + "\n")
     return rows
 

@@ -19,9 +19,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from dpsgd.report import environment, to_json
+from dpsgd.report import to_json
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+import machine
 from kernel_cases import CASES
 from kernel_work import Case, Work
 
@@ -142,7 +143,7 @@ def main() -> None:
     for operator in arguments.operators:
         rows.append(measure(operator, work, trial, rates))
         print(to_json(rows[-1]), flush=True)
-    facts = environment() | {
+    facts = machine.facts() | {
         "examples": work.examples,
         "views": work.views,
         "side": work.side,

@@ -13,6 +13,7 @@ import argparse
 import io
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -30,8 +31,11 @@ from torchvision.transforms import InterpolationMode, v2
 
 from dpsgd.config import DataConfig
 from dpsgd.data import Resizing, draw_views, load_datasets, open_source, prepare
-from dpsgd.report import environment, to_json
+from dpsgd.report import to_json
 from dpsgd.rng import RandomStreams
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import machine
 
 SIZE = (500, 375)
 VIEW, BATCH = 224, 64
@@ -229,9 +233,7 @@ def main() -> None:
         rows = [compare(folder, *work, arguments.workers) for work in WORK]
     show(rows)
     facts = {
-        **environment(),
-        "cores": os.cpu_count(),
-        "load": os.getloadavg()[0],
+        **machine.facts(),
         "workers": arguments.workers,
         "image_size": SIZE,
         "mean_bytes": size,

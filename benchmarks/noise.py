@@ -5,8 +5,8 @@ python benchmarks/noise.py --save benchmarks/results/noise_NAME.json
 
 import argparse
 import os
-import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +21,9 @@ from dpsgd.kernels import add_gaussian_noise_
 from dpsgd.optim import SecureNoise, rounded_gaussian
 from dpsgd.privacy import DPSGDMechanism
 from dpsgd.report import to_json
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import machine
 
 NUM_PARAMETERS = 2_753_818  # a WRN-16-4
 REPETITIONS = 9
@@ -102,13 +105,10 @@ def main() -> None:
         table.add_row(*map(str, names), *cost)
     Console().print(table)
     facts = {
-        "processor": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "load": os.getloadavg()[0],
+        **machine.facts("scipy"),
         "num_parameters": NUM_PARAMETERS,
         "more_noise": noise.std * noise.spacing / MECHANISM.noise_std - 1,
         "unsure_share": unsure_share(noise),
-        "torch": torch.__version__,
     }
     print(to_json(facts))
     if arguments.save:

@@ -19,9 +19,10 @@ from rich.table import Table
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from dpsgd.report import environment, to_json
+from dpsgd.report import to_json
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+import machine
 from throughput import seconds, start_afresh
 from throughput_paths import PATHS, WORK, Work, prepared
 
@@ -97,7 +98,7 @@ def main() -> None:
     found = measure(WORK[arguments.work], path, device)
     show(found, f"{arguments.work}, {path}")
     if arguments.save:
-        facts = {**environment(), "work": arguments.work, "path": path}
+        facts = {**machine.facts(), "work": arguments.work, "path": path}
         arguments.save.write_text(to_json({**facts, **found}, indent=1) + "\n")
 
 

@@ -12,7 +12,6 @@ import argparse
 import json
 import math
 import os
-import platform
 import resource
 import socket
 import subprocess
@@ -41,6 +40,9 @@ from dpsgd.report import to_json
 from dpsgd.run import Run, TrainState
 from dpsgd.train import train_step
 from dpsgd.trees import Params, zeros_like
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import machine
 
 WARM_UPS = 2
 MIB = 2**20
@@ -138,7 +140,7 @@ def work(arguments: argparse.Namespace) -> None:
             "communication_share": watch.seconds / whole.seconds,
             "state_mib": held / MIB,
             "peak_mib": peak / MIB,
-            "device": torch.cuda.get_device_name() if on_gpu else platform.machine(),
+            "device": torch.cuda.get_device_name() if on_gpu else machine.processor(),
         }
         (folder / f"{ranks.rank}.json").write_text(to_json(row))
         weights = run.layout.whole(state.params)
@@ -298,19 +300,9 @@ def main() -> None:
             "config": str(arguments.config),
             "set": arguments.set,
             "steps": arguments.steps,
-            **machine(),
+            **machine.facts(),
         }
         arguments.save.write_text(to_json({**facts, "rows": rows}, indent=1) + "\n")
-
-
-def machine() -> dict[str, Any]:
-    """Returns where figures were taken."""
-    return {
-        "processor": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "load": os.getloadavg()[0],
-        "torch": torch.__version__,
-    }
 
 
 if __name__ == "__main__":

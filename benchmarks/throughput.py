@@ -26,10 +26,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from dpsgd.report import environment, to_json
+from dpsgd.report import to_json
 from dpsgd.report.drawing import LIGHT, new_axes, to_svg
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+import machine
 from throughput_paths import COMPILED, PATHS, SMALL, WORK, Work, prepared
 
 DENSE_BF16_TFLOPS = 989  # of an H100 or H200 SXM, by the vendor's data sheet
@@ -206,7 +207,7 @@ def main() -> None:
     paths = arguments.paths or [
         path for path in PATHS if device.type == "cuda" or "CUDA" not in path
     ]
-    facts, rows = environment(), []
+    facts, rows = machine.facts(), []
     for work in arguments.work:
         fitting = [path for path in paths if PATHS[path].takes(WORK[work])]
         measured = (

@@ -45,6 +45,17 @@ def test_every_operator_is_timed_and_right(
         assert row["error"] < (2e-5 if is_bounded else 5e-6), row["operator"]
 
 
+def test_what_is_saved_names_hardware_and_versions() -> None:
+    facts = benchmark_of("machine").facts("scipy")
+
+    assert {"commit", "python", "device", "cores", "load"} <= {*facts}
+    assert facts["processor"]
+    assert {"dpsgd", "torch", "scipy"} <= {*facts["versions"]}
+    for path in (ROOT / "benchmarks").glob("*.py"):
+        saves = '"--save"' in path.read_text()
+        assert saves == ("machine.facts(" in path.read_text()), path.name
+
+
 def test_curves_are_drawn_beside_their_metrics(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
