@@ -17,10 +17,15 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from dpsgd.clipping import clipping_slack
+from dpsgd.config import ModelConfig
 from dpsgd.kernels import add_gaussian_noise_
-from dpsgd.optim import SecureNoise, rounded_gaussian
+from dpsgd.models import build_model, trainable_params
+from dpsgd.optim import SecureNoise
+from dpsgd.optim.rounded_gaussian import magnitudes, rounded_gaussian
 from dpsgd.privacy import DPSGDMechanism
 from dpsgd.report import to_json
+from dpsgd.trees import num_elements
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import machine
@@ -59,10 +64,24 @@ def measure(name: str, work: Callable[[], object]) -> dict[str, Any]:
     }
 
 
+def noise_of_a_network() -> SecureNoise:
+    """Returns the secure noise of a WRN-16-4 of ten classes."""
+    config = ModelConfig(name="wide_resnet", depth=16, width=4)
+    params = trainable_params(
+        build_model(config, image_shape=(3, 32, 32), num_classes=10)
+    )
+    assert num_elements(params) == NUM_PARAMETERS
+    return SecureNoise.for_sums(
+        MECHANISM,
+        num_parameters=NUM_PARAMETERS,
+        clipping_slack=clipping_slack(params, MECHANISM.clipping_norm),
+    )
+
+
 def unsure_share(noise: SecureNoise) -> float:
     """Returns how many draws in one need more than 64 bits."""
     places = np.frombuffer(os.urandom(8 * 10**6), np.uint64) >> np.uint64(1)
-    _, is_sure = rounded_gaussian._magnitudes(places, noise.std)
+    _, is_sure = magnitudes(places, noise.std)
     return float(1 - is_sure.mean())
 
 
@@ -80,9 +99,7 @@ def rows_of(noise: SecureNoise) -> list[dict[str, Any]]:
         measure("of it: bits", lambda: os.urandom(8 * NUM_PARAMETERS)),
         measure(
             "of it: numbers from bits",
-            lambda: rounded_gaussian.rounded_gaussian(
-                NUM_PARAMETERS, noise.std, num_threads=threads
-            ),
+            lambda: rounded_gaussian(NUM_PARAMETERS, noise.std, num_threads=threads),
         ),
     ]
 
@@ -91,9 +108,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--save", type=Path)
     arguments = parser.parse_args()
-    noise = SecureNoise.for_sums(
-        MECHANISM, num_parameters=NUM_PARAMETERS, clipping_slack=5e-5
-    )
+    noise = noise_of_a_network()
     table = Table("noise", "threads", "wall ms", "processor ms", "ns an element")
     rows = []
     for threads in sorted({1, os.cpu_count() or 1}):

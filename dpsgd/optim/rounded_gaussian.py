@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import ndtri
 
-__all__ = ["MAX_STD", "rounded_gaussian"]
+__all__ = ["MAX_STD", "magnitudes", "rounded_gaussian"]
 
 MAX_STD: Final = 2.0**46  # a draw of 2**7 standard deviations is still exact
 _CHUNK: Final = 1 << 16  # temporaries stay in cache
@@ -73,16 +73,25 @@ def _draw(count: int, std: float) -> NDArray[np.float64]:
     words = np.frombuffer(os.urandom(_WORD_BYTES * count), np.uint64)
     signs = 1.0 - 2.0 * (words & np.uint64(1))
     places = words >> np.uint64(1)  # V is in [place, place + 1) * 2**-64
-    magnitudes, is_sure = _magnitudes(places, std)
+    whole, is_sure = magnitudes(places, std)
     for index in np.flatnonzero(~is_sure):
-        magnitudes[index] = _exact_magnitude(int(places[index]), std)
-    return magnitudes * signs
+        whole[index] = _exact_magnitude(int(places[index]), std)
+    return whole * signs
 
 
-def _magnitudes(
+def magnitudes(
     places: NDArray[np.uint64], std: float
 ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """Returns rounded magnitudes, and where their whole interval rounds alike."""
+    """Returns what 63 bits of each draw make of it, and whether they suffice.
+
+    Args:
+        places: Of a draw in (0, 1/2): V is in [place, place + 1) * 2**-64.
+        std: Standard deviation in units of 1, in (0, 2**46].
+
+    Returns:
+        Rounded magnitudes, >= 0, and True where the whole interval rounds to it.
+        Elsewhere a magnitude is a guess, and the draw needs more bits.
+    """
     middle = places.astype(np.float64) + 0.5
     normals = -ndtri(middle * 2.0**-64)
     values = std * normals

@@ -11,7 +11,7 @@ from scipy import stats
 from scipy.special import ndtri
 
 from dpsgd.optim import rounded_gaussian as module
-from dpsgd.optim.rounded_gaussian import rounded_gaussian
+from dpsgd.optim.rounded_gaussian import magnitudes, rounded_gaussian
 
 GRID_STD = 2.56 * 2**27  # that of a WRN-16-4 at epsilon 8
 
@@ -81,7 +81,7 @@ def exact(place: int, num_bits: int, std: float) -> set[int]:
 def test_every_sure_draw_is_rounded_as_in_80_digits(std: float) -> None:
     places = np.random.default_rng(1).integers(2**63, size=40, dtype=np.uint64)
     places = np.concatenate([places, places >> np.uint64(20)])  # and tails
-    whole, is_sure = module._magnitudes(places, std)
+    whole, is_sure = magnitudes(places, std)
 
     assert is_sure.mean() > 0.95
     for place, value in zip(places[is_sure].tolist(), whole[is_sure], strict=True):
@@ -102,7 +102,7 @@ def test_draws_at_a_turn_of_rounding_get_more_bits_and_are_right(
     numbers = [0, 1, 2, round(std), round(4 * std)]
     for number in numbers:
         place = boundary(number, std)
-        _, is_sure = module._magnitudes(np.array([place], np.uint64), std)
+        _, is_sure = magnitudes(np.array([place], np.uint64), std)
         assert not is_sure[0]
         for further in (0, 2**63, 2**64 - 1):
             give_words(monkeypatch, [further])
