@@ -59,8 +59,8 @@ class PrivacyConfig:
     noise: NoiseName = "standard"
     """`standard` is float32 noise from a keyed statistical generator: fast, repeatable
     on resume. `secure` is drawn from the operating system, rounded exactly to a grid,
-    and withstands floating-point attacks; it takes some 60 ns a parameter and step,
-    and no seed."""
+    and withstands floating-point attacks; it takes tens of nanoseconds a parameter
+    and step, and no seed."""
 
     accountant: str = "prv"
     """Registered accountant that certifies epsilon; docs/accounting.md tells them
