@@ -1,7 +1,6 @@
 """The ways to take a pass that are timed against each other, and the work of one."""
 
 import contextlib
-import importlib
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from dpsgd.clipping import clipped_grad
 from dpsgd.config import ModelConfig
 from dpsgd.kernels import ConvGeometry
+from dpsgd.kernels.dispatch import operator_modules
 from dpsgd.kernels.weight_standardization import standardize_reference
 from dpsgd.models import (
     build_model,
@@ -84,13 +84,7 @@ WORK = {
     ),
 }
 SMALL = [name for name, work in WORK.items() if not work.is_large]
-OPERATORS = (
-    "bias_activation",
-    "fused_norm",
-    "position_mean",
-    "residual_activation",
-    "standardized_conv",
-)
+CLIPPED_SUM = {"clip_accumulate"}  # stays ours where layers are PyTorch's own
 
 
 def never(_: Tensor) -> bool:
@@ -121,9 +115,10 @@ def channels_last_conv2d(
 def plain_operators() -> Iterator[None]:
     """Keeps layers on PyTorch's own operators; the clipped sum stays ours."""
     with contextlib.ExitStack() as stack:
-        for name in OPERATORS:
-            module = importlib.import_module(f"dpsgd.kernels.{name}")
-            stack.enter_context(mock.patch.object(module, "runs_on_triton", never))
+        for name, module in operator_modules().items():
+            if name not in CLIPPED_SUM:
+                patch = mock.patch.object(module, "runs_on_triton", never)
+                stack.enter_context(patch)
         yield
 
 

@@ -1,7 +1,6 @@
 """Training without privacy: right, and never mistaken for the other."""
 
 import dataclasses
-import importlib
 import json
 import math
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from dpsgd.clipping import Execution
 from dpsgd.config import config_to_dict, parse_config
 from dpsgd.data import PoissonSampler, load_datasets
 from dpsgd.errors import ConfigError
+from dpsgd.kernels.dispatch import operator_modules
 from dpsgd.models import per_example_loss, trainable_params
 from dpsgd.non_private import NonPrivateStep, ShuffledSampler, SummedGrad
 from dpsgd.report.runs import read_run
@@ -36,10 +36,6 @@ WITHOUT = {
     "privacy.noise_multiplier": None,
     "privacy.delta": None,
 }
-OPERATORS = (
-    *("conv_weight_grad", "fused_norm", "relu_group_norm"),
-    *("standardized_conv", "weight_standardization"),
-)
 HOW: tuple[Execution, Execution] = ("eager", "cuda_graph")
 STREAMS = RandomStreams.from_seed(3)
 
@@ -112,8 +108,7 @@ def test_gradient_is_the_same_from_kernels(
     mask = torch.ones(2, dtype=torch.bool)
     plain, fused = zeros_like(params), zeros_like(params)
     engine.accumulate(plain, params, *batch, mask=mask)
-    for name in OPERATORS:
-        module = importlib.import_module(f"dpsgd.kernels.{name}")
+    for module in operator_modules().values():
         monkeypatch.setattr(module, "runs_on_triton", lambda _: True)
     engine.accumulate(fused, params, *batch, mask=mask)
 

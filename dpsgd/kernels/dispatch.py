@@ -1,12 +1,15 @@
 """Which implementation of an operator runs, and what its vmap rule takes."""
 
 import importlib.util
+import pkgutil
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["fold", "require_unbatched", "runs_on_triton"]
+__all__ = ["fold", "operator_modules", "require_unbatched", "runs_on_triton"]
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
@@ -18,6 +21,21 @@ def runs_on_triton(tensor: Tensor) -> bool:
     fuses by itself.
     """
     return tensor.is_cuda and _HAS_TRITON and not torch.compiler.is_compiling()
+
+
+def operator_modules() -> dict[str, ModuleType]:
+    """Returns every module that asks `runs_on_triton`, by name.
+
+    Whoever forces one implementation, as tests and benchmarks do, replaces the function
+    in all of them: a list written by hand would leave a new operator as it is.
+    """
+    names = [one.name for one in pkgutil.iter_modules([str(Path(__file__).parent)])]
+    modules = {name: importlib.import_module(f"dpsgd.kernels.{name}") for name in names}
+    return {
+        name: module
+        for name, module in modules.items()
+        if module.__name__ != __name__ and hasattr(module, "runs_on_triton")
+    }
 
 
 def require_unbatched(operator: str, in_dims: tuple[Any, ...]) -> None:

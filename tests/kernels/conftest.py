@@ -1,21 +1,11 @@
 """What tests of differentiable operators share: a switch from references to kernels."""
 
-import importlib
 from collections.abc import Callable
 
 import pytest
 import torch
 
-OPERATORS = (
-    "bias_activation",
-    "conv_weight_grad",
-    "fused_norm",
-    "position_mean",
-    "relu_group_norm",
-    "residual_activation",
-    "standardized_conv",
-    "weight_standardization",
-)
+from dpsgd.kernels.dispatch import operator_modules
 
 
 @pytest.fixture
@@ -24,8 +14,7 @@ def on_kernels(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 
     def switch() -> None:
         pytest.importorskip("triton")
-        for name in OPERATORS:
-            module = importlib.import_module(f"dpsgd.kernels.{name}")
+        for module in operator_modules().values():
             monkeypatch.setattr(module, "runs_on_triton", lambda _: True)
 
     return switch
