@@ -22,7 +22,7 @@ from dpsgd.report import (
     audit_table,
     default_run_directory,
     environment,
-    plan_table,
+    facts_table,
     save_audit_plot,
     to_json,
 )
@@ -133,7 +133,7 @@ def _audit(
     held_in_memory(splits.train)  # canaries are planted among its images
     run, state, plan = assemble(config, store=store)
     directory.create(config_to_dict(with_absolute_paths(config)))
-    console.print(plan_table(plan.rows(config), title="Privacy plan, to be audited"))
+    console.print(facts_table(plan.rows(config), title="Privacy plan, to be audited"))
     num_images = arguments.image_canaries
     if num_images is None:
         num_images = min(_IMAGE_CANARIES, len(splits.test))

@@ -38,9 +38,9 @@ from dpsgd.report import (
     RunDirectory,
     comparison_table,
     environment,
+    facts_table,
     guarantee_in_words,
     last_evaluated_step,
-    plan_table,
     result_table,
     to_json,
 )
@@ -288,7 +288,7 @@ class _Recorder:
 
 def _show_plan(console: Console, config: Config, plan: Plan) -> None:
     """Prints the privacy plan."""
-    console.print(plan_table(plan.rows(config), title=plan.title))
+    console.print(facts_table(plan.rows(config), title=plan.title))
 
 
 def _leave(

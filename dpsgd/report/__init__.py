@@ -19,7 +19,7 @@ from dpsgd.report.run_directory import (
 )
 from dpsgd.report.run_page import run_report
 from dpsgd.report.runs import RunRecord, read_run
-from dpsgd.report.tables import guarantee_in_words, plan_table, result_table
+from dpsgd.report.tables import facts_table, guarantee_in_words, result_table
 
 __all__ = [
     "FORMAT",
@@ -35,9 +35,9 @@ __all__ = [
     "comparison_table",
     "default_run_directory",
     "environment",
+    "facts_table",
     "guarantee_in_words",
     "last_evaluated_step",
-    "plan_table",
     "read_metrics",
     "read_run",
     "result_table",

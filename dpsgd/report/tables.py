@@ -8,10 +8,10 @@ from rich.text import Text
 
 from dpsgd.privacy import rounded_up
 
-__all__ = ["guarantee_in_words", "plan_table", "result_table"]
+__all__ = ["facts_table", "guarantee_in_words", "result_table"]
 
 
-def plan_table(rows: Sequence[tuple[str, str]], *, title: str) -> Table:
+def facts_table(rows: Sequence[tuple[str, str]], *, title: str) -> Table:
     """Returns a table of names and values, as a plan or a result has them.
 
     Args:

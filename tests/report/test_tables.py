@@ -4,7 +4,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dpsgd.privacy import rounded_up
-from dpsgd.report import guarantee_in_words, plan_table, result_table
+from dpsgd.report import facts_table, guarantee_in_words, result_table
 
 
 def shown(table: Table) -> list[list[str]]:
@@ -15,7 +15,7 @@ def shown(table: Table) -> list[list[str]]:
 
 
 def test_plan_rows_are_shown_as_they_are() -> None:
-    rows = shown(plan_table([("steps", "10"), ("path", "a[b]c")], title="Plan"))
+    rows = shown(facts_table([("steps", "10"), ("path", "a[b]c")], title="Plan"))
 
     assert ["Plan"] in rows
     assert ["steps", "10"] in rows

@@ -11,7 +11,7 @@ from rich.console import Console
 from dpsgd.cli.errors import Commands, UsageParser
 from dpsgd.data import OverlapReport, PublicImage, leave_out, open_source
 from dpsgd.data.store import ImageSource
-from dpsgd.report import plan_table
+from dpsgd.report import facts_table
 
 __all__ = ["add_to"]
 
@@ -117,4 +117,4 @@ def _tell(console: Console, note: dict[str, Any]) -> None:
         rest = sum(count for _, count in counts[_MAX_TOLD:])
         rows.append((f"  {len(counts) - _MAX_TOLD} other classes", f"{rest:,}"))
     rows.append(("data.num_examples", str(note["num_examples"])))
-    console.print(plan_table(rows, title="Left out"))
+    console.print(facts_table(rows, title="Left out"))

@@ -19,7 +19,7 @@ from dpsgd.data import (
     open_source,
 )
 from dpsgd.errors import ConfigError, fault
-from dpsgd.report import plan_table, to_json
+from dpsgd.report import facts_table, to_json
 
 __all__ = ["add_to"]
 
@@ -164,4 +164,4 @@ def _show(console: Console, facts: dict[str, Any]) -> None:
     ]
     found = f"{len(facts['pairs']):,} pairs above {facts['threshold']:.3f}"
     rows.append(("near-duplicates", found))
-    console.print(plan_table(rows, title="Overlap"))
+    console.print(facts_table(rows, title="Overlap"))
