@@ -40,9 +40,9 @@ def train_step(run: Run, state: TrainState) -> list[PassStatistics]:
     # "Take a random sample L_t with sampling probability L/N"
     draw = run.sampler.draw(state.step)
     # "Compute gradient", "Clip gradient", and their sum over this rank's share
-    kind = torch.float32 if run.secure_noise is None else torch.float64
+    dtype = torch.float32 if run.secure_noise is None else torch.float64
     with run.layout.gathered(state.params) as params:
-        clipped_sum = zeros_like(params, kind)
+        clipped_sum = zeros_like(params, dtype)
         passes = [
             run.grad_fn.accumulate(clipped_sum, params, *batch, mask=mask)
             for *batch, mask in run.load_views(draw, state.step)

@@ -75,10 +75,10 @@ class RecordedPass:
         if self.execution != "cuda_graph" or not batch_and_mask[-1].is_cuda:
             return None
         self._names = tuple(params)
-        # Empty: it says in which type to sum, and a recording is kept for it alone.
-        kind = next(iter(sums.values())).new_empty(0)
+        # Empty: its dtype says how to sum, and a recording is kept for it alone.
+        typed = next(iter(sums.values())).new_empty(0)
         try:
-            return self._recorded(tuple(params.values()), (kind, *batch_and_mask))
+            return self._recorded(tuple(params.values()), (typed, *batch_and_mask))
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
@@ -86,12 +86,12 @@ class RecordedPass:
             return None
 
     def _recordable_pass(
-        self, leaves: tuple[Tensor, ...], kind_batch_and_mask: tuple[Tensor, ...]
+        self, leaves: tuple[Tensor, ...], typed_batch_and_mask: tuple[Tensor, ...]
     ) -> tuple[Tensor, ...]:
         """Takes the pass into sums of its own."""
-        kind, *batch_and_mask = kind_batch_and_mask
+        typed, *batch_and_mask = typed_batch_and_mask
         params = dict(zip(self._names, leaves, strict=True))
-        sums = zeros_like(params, kind.dtype)
+        sums = zeros_like(params, typed.dtype)
         one = self._take(sums, params, *batch_and_mask)
         return (
             *sums.values(),

@@ -77,8 +77,8 @@ class GhostClippedGrad(RecordedClippedGrad):
         for name, leaf in params.items():
             if clipped_sum[name].dtype.itemsize > leaf.dtype.itemsize:
                 rule = f"the ghost engine sums in {leaf.dtype}"
-                kind = clipped_sum[name].dtype
-                raise ValueError(fault(f"clipped_sum.{name}", kind, rule, _REMEDY))
+                dtype = clipped_sum[name].dtype
+                raise ValueError(fault(f"clipped_sum.{name}", dtype, rule, _REMEDY))
         return super().accumulate(clipped_sum, params, *batch, mask=mask)
 
     def _example_grads(

@@ -89,14 +89,14 @@ if triton is not None:
         """One program sums all rows of COLS columns; nothing else writes them."""
         column = tl.program_id(0).to(tl.int64) * COLS + tl.arange(0, COLS)
         inside = column < num_columns
-        kind = total.dtype.element_ty
-        partial_sum = tl.zeros((COLS,), kind)
+        dtype = total.dtype.element_ty
+        partial_sum = tl.zeros((COLS,), dtype)
         for start in range(0, num_rows, ROWS):
             row = start + tl.arange(0, ROWS)
-            factor = tl.load(factors + row, mask=row < num_rows, other=0.0).to(kind)
+            factor = tl.load(factors + row, mask=row < num_rows, other=0.0).to(dtype)
             mask = (row < num_rows)[:, None] & inside[None, :]
             offset = row.to(tl.int64)[:, None] * num_columns + column[None, :]
-            grad = tl.load(grads + offset, mask=mask, other=0.0).to(kind)
+            grad = tl.load(grads + offset, mask=mask, other=0.0).to(dtype)
             # Chosen, not multiplied: inf and NaN stay where they are. A masked load
             # would do as well, but waits for the factor.
             grad = tl.where((factor > 0)[:, None], grad, 0.0)
