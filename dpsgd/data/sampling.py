@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from dpsgd.errors import ConfigError, fault
+from dpsgd.errors import ConfigError, DataError, fault
 from dpsgd.rng import RandomStreams
 
 __all__ = ["Microbatch", "PoissonSampler", "microbatches"]
@@ -53,7 +53,7 @@ class PoissonSampler:
 
     Raises:
         ConfigError: `sample_rate` is not in (0, 1].
-        ValueError: `num_rows` is out of range.
+        DataError: `num_rows` is out of range.
 
     Source: Abadi et al. 2016 (arXiv:1607.00133), Algorithm 1, "Take a random sample
     L_t with sampling probability L/N"; the sampled Gaussian mechanism that is
@@ -71,9 +71,8 @@ class PoissonSampler:
 
     def __post_init__(self) -> None:
         if not 0 <= self.num_rows <= _MAX_ROWS:
-            raise ValueError(
-                f"num_rows={self.num_rows}: must be in [0, 2**48]; hold fewer rows"
-            )
+            rule = "must be in [0, 2**48]"
+            raise DataError(fault("num_rows", self.num_rows, rule, "hold fewer rows"))
         if not 0 < self.sample_rate <= 1:
             message = fault(
                 "sample_rate",

@@ -15,6 +15,7 @@ from scipy.special import ndtr, ndtri
 from torch import Tensor, nn
 
 from dpsgd.config import ModelConfig
+from dpsgd.errors import fault
 from dpsgd.kernels import (
     Activation,
     ConvGeometry,
@@ -103,10 +104,9 @@ def initialize(model: nn.Module, rng: np.random.Generator) -> None:
         if isinstance(module, Layer):
             module.initialize(rng)
         elif any(True for _ in module.parameters(recurse=False)):
-            raise ValueError(
-                f"{name}={type(module).__name__}: owns parameters and cannot draw "
-                "them; derive it from dpsgd.models.layers.Layer"
-            )
+            rule = "owns parameters and cannot draw them"
+            remedy = "derive it from dpsgd.models.layers.Layer"
+            raise ValueError(fault(name, type(module).__name__, rule, remedy))
 
 
 class Conv2d(Layer):

@@ -21,6 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import ndtri
 
+from dpsgd.errors import fault
+
 __all__ = ["MAX_STD", "magnitudes", "rounded_gaussian"]
 
 MAX_STD: Final = 2.0**46  # a draw of 2**7 standard deviations is still exact
@@ -58,7 +60,8 @@ def rounded_gaussian(
         ValueError: `std` is out of range.
     """
     if not 0 <= std <= MAX_STD:
-        raise ValueError(f"std={std}: must be in [0, 2**46]; take a coarser grid")
+        rule = "must be in [0, 2**46]"
+        raise ValueError(fault("std", std, rule, "take a coarser grid"))
     if std == 0:
         return np.zeros(count)
     starts = range(0, count, _CHUNK)

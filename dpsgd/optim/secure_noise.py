@@ -28,6 +28,7 @@ from typing import Final, Self
 
 import torch
 
+from dpsgd.errors import fault
 from dpsgd.optim.rounded_gaussian import rounded_gaussian
 from dpsgd.privacy import DPSGDMechanism
 from dpsgd.trees import Params, num_elements
@@ -101,10 +102,9 @@ class SecureNoise:
         """
         for name, total in clipped_sum.items():
             if total.dtype != torch.float64:
-                raise ValueError(
-                    f"{name}={total.dtype}: secure noise is for sums formed in "
-                    "float64; give the engine such totals"
-                )
+                rule = "secure noise is for sums formed in float64"
+                remedy = "give the engine such totals"
+                raise ValueError(fault(name, total.dtype, rule, remedy))
         threads = torch.get_num_threads()
         count = num_elements(clipped_sum)
         noise = torch.from_numpy(rounded_gaussian(count, self.std, num_threads=threads))

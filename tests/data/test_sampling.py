@@ -14,7 +14,7 @@ from scores import (
 )
 
 from dpsgd.data.sampling import Microbatch, PoissonSampler, microbatches
-from dpsgd.errors import ConfigError
+from dpsgd.errors import ConfigError, DataError
 from dpsgd.rng import RandomStreams
 
 NUM_ROWS = 60
@@ -206,7 +206,7 @@ def test_sample_rate_outside_zero_to_one_is_refused(rate: float) -> None:
 
 @pytest.mark.parametrize("num_rows", [-1, 2**60])
 def test_number_of_rows_out_of_range_is_refused(num_rows: int) -> None:
-    with pytest.raises(ValueError, match=f"num_rows={num_rows}"):
+    with pytest.raises(DataError, match=rf"num_rows={num_rows}: .*; hold fewer rows"):
         sampler(num_rows, 0.5)
 
 
