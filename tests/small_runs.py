@@ -18,11 +18,13 @@ import yaml
 from PIL import Image
 
 from dpsgd.assembly import assemble
+from dpsgd.audit import audit
 from dpsgd.checkpoint import CheckpointStore
 from dpsgd.cli import evaluate, train
 from dpsgd.config import Config, parse_config
+from dpsgd.data import load_datasets
 from dpsgd.planning import Plan
-from dpsgd.privacy import EpsilonBound, PRVAccountant
+from dpsgd.privacy import AuditResult, EpsilonBound, PRVAccountant
 from dpsgd.run import Run, TrainState
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -139,6 +141,21 @@ def start(
     checkpoint = store.newest() if resume else None
     with remembering():
         return assemble(config, store=store, checkpoint=checkpoint)
+
+
+def audit_of(
+    run: Run, state: TrainState, *, gradients: int = 1, images: int = 0
+) -> AuditResult:
+    """Audits a run on its own data, at 95 %."""
+    return audit(
+        run,
+        state,
+        load_datasets(run.config.data),
+        num_classes=10,
+        num_gradient_canaries=gradients,
+        num_image_canaries=images,
+        confidence=0.95,
+    )
 
 
 def command(

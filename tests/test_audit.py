@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from small_runs import small_config, start
+from small_runs import audit_of, small_config, start
 
-from dpsgd.audit import audit, audited_config
+from dpsgd.audit import audited_config
 from dpsgd.data import DataSplits, ImageDataset, load_datasets
 from dpsgd.errors import ConfigError
 from dpsgd.privacy import AuditResult
@@ -40,17 +40,8 @@ def audited(
 ) -> tuple[AuditResult, Run]:
     config = audited_config(small_config({**SMALL, **changes}), gradients)
     engine = {"runtime.engine": config.runtime.engine}
-    run, state, plan = start(folder, {**SMALL, **changes, **engine})
-    result = audit(
-        run,
-        state,
-        load_datasets(run.config.data),
-        num_classes=plan.facts.num_classes,
-        num_gradient_canaries=gradients,
-        num_image_canaries=images,
-        confidence=0.95,
-    )
-    return result, run
+    run, state, _ = start(folder, {**SMALL, **changes, **engine})
+    return audit_of(run, state, gradients=gradients, images=images), run
 
 
 def times_drawn(run: Run, num_canaries: int, is_in: Any) -> Any:
@@ -114,7 +105,7 @@ def test_image_canaries_that_are_in_are_learned(
     )
     data = DataSplits(train=few, test=splits.test)
     monkeypatch.setattr("dpsgd.assembly.load_datasets", lambda _: data)
-    monkeypatch.setattr(f"{__name__}.load_datasets", lambda _: data)
+    monkeypatch.setattr("small_runs.load_datasets", lambda _: data)
     changes = {
         "data.num_examples": 60,
         "privacy.delta": 1e-3,
@@ -165,15 +156,7 @@ def test_an_audit_of_users_is_refused(tmp_path: Path) -> None:
         run, config=dataclasses.replace(run.config, privacy=privacy)
     )
     with pytest.raises(ConfigError, match=r"privacy\.unit=user: .* whole users"):
-        audit(
-            run,
-            state,
-            load_datasets(run.config.data),
-            num_classes=10,
-            num_gradient_canaries=1,
-            num_image_canaries=0,
-            confidence=0.95,
-        )
+        audit_of(run, state)
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,16 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_runs import dpsgd_train, remembering, small_config, start, write_config
+from small_runs import (
+    audit_of,
+    dpsgd_train,
+    remembering,
+    small_config,
+    start,
+    write_config,
+)
 
 from dpsgd.assembly import plan_of
-from dpsgd.audit import audit
 from dpsgd.checkpoint import read_tensors, write_tensors
 from dpsgd.config import Config
 from dpsgd.data import ImageDataset, ViewLoader, load_datasets
@@ -388,12 +394,4 @@ def test_a_run_on_the_cache_is_not_audited(source: Path, tmp_path: Path) -> None
     run, state, _ = start(tmp_path, changes(source, tmp_path / "cache.safetensors"))
 
     with pytest.raises(ConfigError, match="canaries have no features in it; remove it"):
-        audit(
-            run,
-            state,
-            load_datasets(run.config.data),
-            num_classes=10,
-            num_gradient_canaries=1,
-            num_image_canaries=0,
-            confidence=0.9,
-        )
+        audit_of(run, state)

@@ -11,15 +11,21 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from small_runs import dpsgd_train, read_lines, small_config, start, write_config
+from small_runs import (
+    audit_of,
+    dpsgd_train,
+    read_lines,
+    small_config,
+    start,
+    write_config,
+)
 from torch import nn
 from torch.func import functional_call
 
-from dpsgd.audit import audit
 from dpsgd.checkpoint import read_tensors
 from dpsgd.clipping import Execution
 from dpsgd.config import config_to_dict, parse_config
-from dpsgd.data import PoissonSampler, load_datasets
+from dpsgd.data import PoissonSampler
 from dpsgd.errors import ConfigError
 from dpsgd.kernels.dispatch import operator_modules
 from dpsgd.models import per_example_loss, trainable_params
@@ -247,15 +253,7 @@ def test_there_is_nothing_to_audit(tmp_path: Path) -> None:
     run, state, _ = start(tmp_path, WITHOUT)
 
     with pytest.raises(ConfigError, match="a run without privacy claims"):
-        audit(
-            run,
-            state,
-            load_datasets(run.config.data),
-            num_classes=10,
-            num_gradient_canaries=1,
-            num_image_canaries=0,
-            confidence=0.9,
-        )
+        audit_of(run, state)
 
 
 @pytest.mark.parametrize(
