@@ -21,6 +21,9 @@ if TYPE_CHECKING:  # its import takes a second that runs without shards spare
 
 __all__ = ["Layout"]
 
+# Its name since torch 2.14, where the old one warns of its end.
+_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+
 
 @final
 class Layout:
@@ -199,7 +202,7 @@ class Layout:
         if missing := most * self.ranks.size - len(leaf):
             leaf = torch.cat([leaf, leaf.new_zeros(missing, *leaf.shape[1:])])
         part = leaf.new_empty(most, *leaf.shape[1:])
-        dist.reduce_scatter_tensor(part, leaf, dist.ReduceOp.SUM, group)
+        _reduce_scatter(part, leaf, dist.ReduceOp.SUM, group)
         rows = self._rows(name)
         return part[: rows.stop - rows.start]
 

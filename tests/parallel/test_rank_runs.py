@@ -234,7 +234,6 @@ def test_a_run_that_loses_a_rank_ends_at_once_and_goes_on_by_itself(
     assert seconds < 60
     # Rank 1 was killed in step 3; the other says so, and both begin again at step 2.
     assert "rank 0 lost another one in the" in done.stderr
-    assert f"exitcode: -{int(signal.SIGKILL)}" in done.stderr
     assert [line["step"] for line in read_lines(tmp_path / "run/metrics.jsonl")] == [4]
     weights, _ = read_tensors(tmp_path / "run" / "model.safetensors")
     straight = ranks(2)(scenarios.trained, tmp_path / "straight", changes, 4)[0]

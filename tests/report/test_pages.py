@@ -243,7 +243,7 @@ def test_groups_of_the_test_set_have_a_section_of_their_own(tmp_path: Path) -> N
 def test_nothing_in_files_becomes_markup(tmp_path: Path) -> None:
     folder = write_run(
         tmp_path / "<b>run</b>",
-        settings={"data.name": EVIL, "data.test": EVIL},
+        settings={"data.source": "parquet", "data.name": EVIL, "data.test": EVIL},
         report=result(
             per_class_accuracy={EVIL: 0.5, "b": 0.25},
             per_class_num_examples={EVIL: 4, "b": 4},
