@@ -63,7 +63,8 @@ def test_a_run_starts_from_the_weights_of_another(
     rows = dict(plan.rows(small_config(changes)))
     assert rows["weights from"] == f"{source} (4 steps); public by declaration"
     covered = (
-        r"NOT covered by epsilon; own guarantee: \(\d\.\d+, 0\.0001\)-DP per example"
+        r"NOT covered by epsilon; own guarantee: \(\d\.\d+, 0\.0001\)-DP per example, "
+        "but seeded: NOT to be released as private"
     )
     assert re.fullmatch(covered, rows["their data"])
     assert rows["parameters"] == "78,650"

@@ -50,7 +50,8 @@ def guarantee_in_words(facts: Mapping[str, Any]) -> str:
     """Returns the guarantee that a report or released weights state.
 
     Args:
-        facts: `epsilon`, an upper bound or None for no guarantee; `delta`; `unit`.
+        facts: `epsilon`, an upper bound or None for no guarantee; `delta`; `unit`;
+            `seeded`, False where it is missing.
 
     >>> guarantee_in_words({"epsilon": 7.99991, "delta": 1e-5, "unit": "user"})
     '(8.0000, 1e-05)-DP per user'
@@ -58,7 +59,10 @@ def guarantee_in_words(facts: Mapping[str, Any]) -> str:
     if facts["epsilon"] is None:
         return "NO privacy guarantee"
     epsilon = rounded_up(facts["epsilon"])
-    return f"({epsilon}, {facts['delta']:g})-DP per {facts['unit']}"
+    guarantee = f"({epsilon}, {facts['delta']:g})-DP per {facts['unit']}"
+    if facts.get("seeded"):
+        guarantee += ", but seeded: NOT to be released as private"
+    return guarantee
 
 
 def _shown(measure: str, value: float) -> str:

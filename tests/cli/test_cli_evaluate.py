@@ -58,8 +58,10 @@ def test_tables_for_people(run: Path) -> None:
     for text in ("top-1", "top-5", "loss", "largest gap", "After 4 steps", "ema"):
         assert text in done.stdout
     report = json.loads((run / "report.json").read_text())
-    guarantee = f"{run}: ({rounded_up(report['epsilon'])}, 0.0001)-DP per example\n"
-    assert guarantee in done.stdout
+    guarantee = f"{run}: ({rounded_up(report['epsilon'])}, 0.0001)-DP per example"
+    assert f"{guarantee}, but seeded: NOT to be released" in " ".join(
+        done.stdout.split()
+    )
     assert "\x1b" not in done.stdout
 
 
@@ -155,7 +157,7 @@ def test_a_run_is_compared_with_its_twin_by_class_and_group(
             assert (one["accuracy"], one["twin_accuracy"]) == (mine, theirs)
             assert one["change"] == pytest.approx(mine - theirs)
             assert one["interval"][0] <= mine <= one["interval"][1]
-    assert facts["guarantee"].endswith(", 0.01)-DP per example")
+    assert ", 0.01)-DP per example, but seeded: NOT to be" in facts["guarantee"]
     assert facts["twin"]["guarantee"] == "NO privacy guarantee"
 
 

@@ -43,6 +43,9 @@ def test_a_guarantee_names_its_unit_and_its_absence() -> None:
 
     assert guarantee_in_words(facts) == "(2.0001, 1e-05)-DP per example"
     assert guarantee_in_words({**facts, "epsilon": None}) == "NO privacy guarantee"
+    assert guarantee_in_words({**facts, "seeded": True}).endswith(
+        "-DP per example, but seeded: NOT to be released as private"
+    )
 
 
 def test_bounds_are_rounded_up_and_never_down() -> None:
