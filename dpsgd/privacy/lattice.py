@@ -45,6 +45,7 @@ _ORDERS: Final = (1e-6, 600.0)
 _UNIT_ROUNDING: Final = 2.0**-53
 _LOG_ROUNDING: Final = 1e-12
 _LEAST_DELTA: Final = 1e-200
+_LOG_OF_LARGEST: Final = 700.0  # a double holds exp(709)
 
 
 @dataclass(frozen=True)
@@ -222,7 +223,12 @@ class _Lattice:
         tilt = self.window.tilt
         terms = self.masses[first:] * np.exp(-tilt * x) * -np.expm1(-x)
         scale = self.log_scale - tilt * (epsilon - self.window.epsilon)
-        return self.lost + math.exp(scale) * (float(terms.sum()) + self.blur)
+        above = float(terms.sum()) + self.blur
+        if above == 0:
+            return self.lost
+        log_above = scale + math.log(above)
+        too_large = log_above > _LOG_OF_LARGEST
+        return self.lost + (math.inf if too_large else math.exp(log_above))
 
     def epsilon(self, delta: float) -> float:
         """Returns a sound epsilon >= 0, at least the bottom of the window."""
@@ -240,6 +246,8 @@ class _Lattice:
                 high = middle
         # Between nodes delta is linear in exp(epsilon), but for the convex blur.
         start, left = self.losses[low], self.delta(self.losses[low])
+        if left == math.inf:
+            return float(self.losses[high])
         share = (left - delta) / (left - self.delta(self.losses[high]))
         return float(start + math.log1p(share * math.expm1(self.losses[high] - start)))
 

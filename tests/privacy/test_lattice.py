@@ -114,6 +114,12 @@ def test_random_settings_are_never_below_the_contour_integral():
         assert exact * (1 - 1e-7) <= bound <= exact * (1 + 2e-3), (q, sigma, steps)
 
 
+@pytest.mark.parametrize("phase", [Phase(0.5, 1.0, 10**7), Phase(0.01, 1.0, 10**8)])
+def test_what_no_number_holds_has_a_bound_all_the_same(phase):
+    bound = lattice_epsilon(composed(phase), 1e-5, "remove")
+    assert bound >= phase.num_steps * mean_loss(phase)
+
+
 def test_epsilon_and_delta_are_inverse():
     run = composed(Phase(0.01, 0.3, 100))
     epsilon = lattice_epsilon(run, 1e-10, "remove")
