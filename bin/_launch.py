@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -18,4 +19,10 @@ def launch(module_name: str) -> None:
     if python.exists() and Path(sys.prefix).resolve() != environment.resolve():
         os.execv(python, [str(python), *sys.argv])
     sys.path.insert(0, str(ROOT))
-    sys.exit(importlib.import_module(module_name).main())
+    # Ctrl-C within an import ends in whatever that makes of it; so it ends us at once.
+    handler = signal.getsignal(signal.SIGINT)
+    if handler is signal.default_int_handler:  # not where it is to be ignored
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    main = importlib.import_module(module_name).main
+    signal.signal(signal.SIGINT, handler)
+    sys.exit(main())
