@@ -118,19 +118,20 @@ class Overlap:
             for start in range(0, len(pairs), _COLUMNS)
         ]
         pixels = torch.cat(lines, dim=1).permute(1, 2, 0)  # (H, W, C)
-        sheet = Image.fromarray(pixels.expand(-1, -1, 3).numpy())
+        sheet = Image.fromarray(pixels.numpy())
         size = (sheet.width * _ENLARGED, sheet.height * _ENLARGED)
         few = sheet.quantize(_COLOURS)  # a fifth of the bytes
         return few.resize(size, Image.Resampling.NEAREST)
 
     def _pair(self, public: Tensor, private: Tensor, row: int) -> Tensor:
-        """Returns (C, 32 + gap, 64 + gap) pixels of one pair on white."""
+        """Returns (3, 32 + gap, 64 + gap) pixels of one pair on white."""
         framing = self.framings[int(self.matches.framings[row])]
         mine = reframed(public[row][None].float(), framing.public)
         match = private[int(self.matches.rows[row])][None].float()
         theirs = reframed(match, framing.private, mirrored=framing.mirrored)
         theirs = torch.nn.functional.interpolate(theirs, mine.shape[-2:])
-        both = torch.cat([mine, theirs], dim=3)[0].round().to(torch.uint8)
+        in_colour = [one.expand(-1, 3, -1, -1) for one in (mine, theirs)]  # or grey
+        both = torch.cat(in_colour, dim=3)[0].round().to(torch.uint8)
         return torch.nn.functional.pad(both, (1, 1, 1, 1), value=255)
 
 

@@ -198,6 +198,22 @@ def test_the_command_leaves_pairs_and_pictures(
     assert (out / "overlap.json").read_bytes() == before
 
 
+def test_pairs_of_grey_and_colour_are_pictured(tmp_path: Path) -> None:
+    images = photographs(12, 32, 32, seed=1)
+    colour = written(tmp_path / "colour", images)
+    for index, image in enumerate(images):
+        grey = image.float().mean(0).to(torch.uint8).numpy()
+        path = tmp_path / "grey" / "class" / f"{index:03}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(grey).save(path)
+    for pair in ([colour, tmp_path / "grey"], [tmp_path / "grey", colour]):
+        out = tmp_path / f"report {pair[0].name}"
+        arguments = ["overlap", *map(str, pair), "--threshold", "0.7"]
+        assert data.main([*arguments, "--out", str(out)]) == 0
+        with Image.open(out / "overlap.png") as sheet:
+            assert sheet.width == 2 * 10 * 66
+
+
 def test_what_is_left_out_is_what_was_found(tmp_path: Path) -> None:
     shared, others = (photographs(n, 48, 48, seed=n) for n in (4, 30))
     mixed = squashed(torch.cat([others[:7], shared, others[7:15]]))
