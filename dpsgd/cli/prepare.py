@@ -17,7 +17,7 @@ from rich.progress import (
 
 from dpsgd.cli.errors import UsageParser, exit_code
 from dpsgd.data import Resizing, Store, open_source, prepare
-from dpsgd.errors import DataError, fault
+from dpsgd.errors import ConfigError, DataError, fault
 
 __all__ = ["main"]
 
@@ -87,6 +87,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.verify is not None:
         return _verify(console, arguments.verify)
     resizing = Resizing(short_side=arguments.short_side, quality=arguments.quality)
+    _require_apart(arguments.source, arguments.store)
     source = open_source(
         arguments.source,
         image_column=arguments.image_column,
@@ -105,6 +106,13 @@ def _run(arguments: argparse.Namespace) -> int:
         skipped = len(source) - held
         console.print(f"skipped: {skipped:,} images that do not decode")
     return 0
+
+
+def _require_apart(source: str, store: Path) -> None:
+    """Raises ConfigError if the store would be an image folder of its own source."""
+    if Path(source).resolve() in store.resolve().parents:
+        rule = "lies in SOURCE, which would have a folder without images then"
+        raise ConfigError(fault("STORE", store, rule, "name a folder beside it"))
 
 
 def _verify(console: Console, path: Path) -> int:

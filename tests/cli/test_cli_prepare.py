@@ -53,6 +53,7 @@ def test_corrupt_images_are_told_and_skipped_on_request(
         (["images", "store", "--verify", "store"], "--verify STORE alone"),
         (["images", "store", "--short-side", "9"], "--quality=null: goes with"),
         (["nowhere", "store"], "SOURCE=nowhere: no such file"),
+        (["images", "images/store"], "STORE=images/store: lies in SOURCE"),
         (["--verify", "nowhere"], "--verify=nowhere: is not a store"),
     ],
 )
