@@ -12,6 +12,7 @@ from pathlib import Path
 from PIL import Image
 
 from dpsgd.data import open_source
+from dpsgd.errors import UserError
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("source", help="parquet file, glob of them, or folder of them")
@@ -22,7 +23,10 @@ folder = arguments.folder
 if folder.exists():
     parser.error(f"{folder} is there already; name another folder")
 
-source = open_source(arguments.source)
+try:
+    source = open_source(arguments.source)
+except UserError as error:
+    parser.error(str(error))
 names = source.class_names or [
     f"{label:05d}" for label in range(max(source.labels) + 1)
 ]

@@ -145,7 +145,8 @@ def _show(config: Config, mine: _Measured, twin: _Measured | None) -> None:
     if twin is not None:
         results[f"twin ({twin.weights})"] = twin.result.measures
         told.append(f"twin {twin.path}: {twin.guarantee}")
-    title = f"After {mine.facts['step']} steps"
+    step = mine.facts["step"]
+    title = f"After {step} step{'' if step == 1 else 's'}"
     console.print(result_table(results, title=title))
     for line in told:
         console.print(line, highlight=False, soft_wrap=True)

@@ -209,6 +209,8 @@ def _summarise(console: Console, folder: SweepFolder, plan: SweepPlan) -> int:
     for label, error in results.failures():
         text = f"failed: {label}: {error}"
         console.print(text, highlight=False, soft_wrap=True)
+    if results.failures():
+        console.print("the same command with --retry-failed tries them again")
     text = f"tables and report: {folder.path / 'report.html'}"
     console.print(text, highlight=False, soft_wrap=True)
     return _SOME_FAILED if results.failures() else 0

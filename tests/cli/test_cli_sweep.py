@@ -78,6 +78,7 @@ def test_a_sweep_makes_its_runs_and_their_tables(
         shown.split()
     )
     assert "failed: seed=1: runtime.device=x: rule; remedy" in shown
+    assert "--retry-failed tries them again" in shown
     assert "3 runs in runs/seeds, one at a time on cpu" in shown
     assert f"report: {Path('runs/seeds/report.html')}" in shown
     assert statuses(folder) == ["finished", "failed", "finished"]
