@@ -48,10 +48,14 @@ def zeros_like(
 
 
 def sha256(params: Mapping[str, Tensor]) -> str:
-    """Returns a digest of names, shapes and values, as 64 hexadecimal digits."""
+    """Returns a digest of names, dtypes, shapes and bytes, as 64 hexadecimal digits.
+
+    Leaves are taken one by one, so that a mapping may read them from a disk.
+    """
     digest = hashlib.sha256()
     for name in sorted(params):
         leaf = params[name].detach().cpu().contiguous()
         digest.update(f"{name} {leaf.dtype} {tuple(leaf.shape)}".encode())
-        digest.update(leaf.numpy().data)
+        # As bytes, for numpy has no bfloat16.
+        digest.update(leaf.view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

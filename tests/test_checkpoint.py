@@ -203,6 +203,59 @@ def test_missing_cut_and_foreign_files_are_refused(tmp_path: Path) -> None:
         CheckpointStore(tmp_path, keep=1).newest()
 
 
+TENSORS = {"a": torch.tensor([1.5, 2.5]), "b": torch.ones(3, dtype=torch.bfloat16)}
+FACTS = {"step": 40, "name": "\xe9", "nested": {"2": [1e-5, None, float("inf")]}}
+
+
+def flip_a_bit(path: Path, after: bytes) -> None:
+    """Damages the byte that follows on the first such bytes of a file."""
+    content = bytearray(path.read_bytes())
+    content[content.index(after) + len(after)] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "after",
+    [
+        TENSORS["a"][:1].numpy().tobytes(),
+        TENSORS["b"][:1].view(torch.uint8).numpy().tobytes(),
+        rb"\"step\": ",
+        rb"\"name\": \"\\u00e",
+        rb"\"sha256\": \"",
+        b'},"',  # the name of a tensor
+    ],
+)
+def test_one_changed_bit_is_found(tmp_path: Path, after: bytes) -> None:
+    store = CheckpointStore(tmp_path, keep=1)
+    store.save(40, Checkpoint(TENSORS, FACTS))
+    assert store.newest().facts == FACTS
+
+    path = tmp_path / "step-00000040.safetensors"
+    flip_a_bit(path, after)
+    told = rf"={path}: is missing or damaged \(the checksum of {path.name} differs\); "
+    with pytest.raises(CheckpointError, match=told):
+        store.newest()
+
+
+def test_equal_contents_are_equal_files(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    contents = set()
+    for _ in range(8):
+        write_tensors(path, TENSORS, FACTS)
+        contents.add(path.read_bytes())
+
+    assert len(contents) == 1
+
+
+def test_a_file_of_before_there_were_checksums_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    save_file(TENSORS, path, metadata={"dpsgd": json.dumps(FACTS)})
+    tensors, facts = read_tensors(path)
+
+    assert facts == FACTS
+    assert all(torch.equal(leaf, tensors[name]) for name, leaf in TENSORS.items())
+
+
 @pytest.fixture
 def shards(tmp_path: Path) -> Path:
     """The folder of step 2, beside that of step 1, of the same shape."""
@@ -251,10 +304,29 @@ def test_a_shard_of_another_save_or_rank_is_refused(shards: Path) -> None:
         store.newest()
 
 
-def test_shards_of_before_saves_had_a_word_are_read(shards: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "after"),
+    [
+        ("rank-00000.safetensors", torch.full((2,), 2).numpy().tobytes()),
+        ("rank-00000.safetensors", rb"\"save\": \""),
+        ("index.json", b'"value": '),
+        ("index.json", b'"sha256": "'),
+    ],
+)
+def test_one_changed_bit_of_shards_is_found(
+    shards: Path, name: str, after: bytes
+) -> None:
+    flip_a_bit(shards / name, after)
+    told = rf"02\.shards: is missing or damaged \(the checksum of {name} differs\)"
+    with pytest.raises(CheckpointError, match=told):
+        CheckpointStore(shards.parent, keep=2).newest()
+
+
+def test_shards_of_before_words_and_checksums_are_read(shards: Path) -> None:
     store = CheckpointStore(shards.parent, keep=2)
     tensors, facts = dict(store.newest().tensors), store.newest().facts
-    write_tensors(shards / "rank-00000.safetensors", tensors, {"rank": 0})
+    old = {"dpsgd": json.dumps({"rank": 0})}
+    save_file(tensors, shards / "rank-00000.safetensors", metadata=old)
     index = {"num_ranks": 1, "facts": facts}
     (shards / "index.json").write_text(json.dumps(index))
 

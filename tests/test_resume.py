@@ -542,15 +542,18 @@ def test_damaged_newest_checkpoint_is_named_and_an_older_one_serves(
         stop_after(patch, 3, signal.SIGTERM)
         assert dpsgd_train(config, "--run-dir", broken) == 143
     newest = broken / "checkpoints" / "step-00000003.safetensors"
-    newest.write_bytes(newest.read_bytes()[:-100])
-    before = contents(broken)
-    capsys.readouterr()
+    whole = newest.read_bytes()
+    half = len(whole) // 2
+    for content in (whole[:-100], whole[:half] + b"damage" + whole[half + 6 :]):
+        newest.write_bytes(content)
+        before = contents(broken)
+        capsys.readouterr()
 
-    assert dpsgd_train("--resume", broken) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"checkpoint={newest}: is missing or damaged (")
-    assert line.endswith("delete it to go on from an older one, if there is one")
-    assert contents(broken) == before
+        assert dpsgd_train("--resume", broken) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"checkpoint={newest}: is missing or damaged (")
+        assert line.endswith("delete it to go on from an older one, if there is one")
+        assert contents(broken) == before
 
     newest.unlink()
     assert dpsgd_train("--resume", broken) == 0

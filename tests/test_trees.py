@@ -1,7 +1,9 @@
+import hashlib
+
 import pytest
 import torch
 
-from dpsgd.trees import all_finite, num_elements, zeros_like
+from dpsgd.trees import all_finite, num_elements, sha256, zeros_like
 
 
 def test_elements_of_all_leaves_are_counted() -> None:
@@ -38,3 +40,23 @@ def test_one_element_that_is_not_finite_is_found(value: float, others: float) ->
     assert all_finite(leaves)  # although the norm of 3e38 is not
     leaves["b"][1, 3] = value
     assert not all_finite(leaves)
+
+
+def test_a_digest_is_of_names_dtypes_shapes_and_bytes() -> None:
+    values = torch.tensor([[1.0, -0.0], [2.0, 3.0]])
+    told = b"w torch.float32 (2, 2)" + values.numpy().tobytes()
+    leaves = [
+        values,
+        values[[1, 0]],
+        values.abs(),
+        values.flatten(),
+        values.view(torch.int32),
+        values.bfloat16(),
+        torch.tensor(1.0),
+        torch.ones(0, 3),
+    ]
+
+    assert sha256({"w": values}) == hashlib.sha256(told).hexdigest()
+    assert sha256({"w": values.T.contiguous().T}) == sha256({"w": values})
+    digests = {sha256({name: leaf}) for name in ("w", "v") for leaf in leaves}
+    assert len(digests) == 2 * len(leaves)

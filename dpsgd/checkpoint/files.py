@@ -1,9 +1,11 @@
 """Files that are whole or absent: tensors and JSON, never code.
 
-Tensors lie in safetensors files, JSON with them in the header.
+Tensors lie in safetensors files, JSON with them in the header, and in the JSON a
+checksum of both. Files of before there was one lack it.
 """
 
 import errno
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -16,12 +18,15 @@ from safetensors.torch import save
 from torch import Tensor
 
 from dpsgd.errors import CheckpointError, fault
+from dpsgd.trees import sha256
 
 __all__ = [
+    "checked",
     "damaged",
-    "facts_of",
     "is_ours",
+    "mapped_tensors",
     "read_tensors",
+    "sealed",
     "sync_folder",
     "write_atomically",
     "write_tensors",
@@ -29,6 +34,9 @@ __all__ = [
 ]
 
 _HEADER = "dpsgd"
+# Beside the facts: of two entries in a header safetensors draws the order, and equal
+# files would differ.
+_CHECKSUM = "sha256"
 _OWNER_ONLY = 0o600
 
 
@@ -41,7 +49,7 @@ def write_tensors(
         CheckpointError: The file could not be written; an older one is untouched.
     """
     on_cpu = {name: leaf.detach().cpu().contiguous() for name, leaf in tensors.items()}
-    write_atomically(path, save(on_cpu, metadata={_HEADER: json.dumps(dict(facts))}))
+    write_atomically(path, save(on_cpu, metadata={_HEADER: sealed(facts, on_cpu)}))
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -51,26 +59,59 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         CheckpointError: The file is missing, damaged or not one of ours.
     """
     try:
-        with safe_open(path, framework="pt") as file:
-            facts = facts_of(file.metadata())
-            names = file.keys()
-            return {name: file.get_tensor(name) for name in names}, facts
-    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+        return mapped_tensors(path)
+    except (OSError, SafetensorError, ValueError) as error:
         raise damaged(path, error) from error
 
 
-def facts_of(metadata: Mapping[str, str] | None) -> dict[str, Any]:
-    """Returns the JSON facts in the header of a safetensors file.
+def mapped_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Returns tensors that lie in a file, not in memory, and facts; both are checked.
 
     Raises:
-        SafetensorError: `write_tensors` did not write it.
-        JSONDecodeError: The header is damaged.
+        OSError: The file is missing.
+        SafetensorError: It is damaged, or `write_tensors` did not write it.
+        ValueError: It is damaged.
     """
-    header = (metadata or {}).get(_HEADER)
-    if header is None:
-        raise SafetensorError("not written by dpsgd")
-    facts: dict[str, Any] = json.loads(header)
+    with safe_open(path, framework="pt") as file:
+        header = (file.metadata() or {}).get(_HEADER)
+        if header is None:
+            raise SafetensorError("not written by dpsgd")
+        names = file.keys()
+        tensors = {name: file.get_tensor(name) for name in names}
+    return tensors, checked(json.loads(header), tensors, name=path.name)
+
+
+def sealed(facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """Returns facts as JSON, with a checksum of them and of tensors."""
+    assert _CHECKSUM not in facts
+    return json.dumps({**facts, _CHECKSUM: _checksum(facts, tensors)})
+
+
+def checked(content: Any, tensors: Mapping[str, Tensor], *, name: str) -> Any:
+    """Returns the facts that `sealed` wrote.
+
+    What has no checksum is older than checksums, and comes back as it is.
+
+    Args:
+        content: The JSON value.
+        tensors: Those that were sealed with it.
+        name: Of the file, for the message.
+
+    Raises:
+        ValueError: The facts or tensors are not those that were sealed.
+    """
+    if not isinstance(content, dict) or _CHECKSUM not in content:
+        return content
+    facts = {key: value for key, value in content.items() if key != _CHECKSUM}
+    if content[_CHECKSUM] != _checksum(facts, tensors):
+        raise ValueError(f"the checksum of {name} differs")
     return facts
+
+
+def _checksum(facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """Returns a digest of facts, which JSON brings back in their order, and tensors."""
+    told = json.dumps(dict(facts))
+    return hashlib.sha256(f"{sha256(tensors)} {told}".encode()).hexdigest()
 
 
 def damaged(path: Path, error: Exception) -> CheckpointError:

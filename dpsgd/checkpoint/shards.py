@@ -7,7 +7,8 @@
 
 A leaf's rows follow one another in the order of ranks, so the files together are the
 leaf, whoever reads it: another number of ranks, or a process alone. Every file names
-its rank and, by a random word, its save: rows of two saves are no checkpoint.
+its rank and, by a random word, its save: rows of two saves are no checkpoint. Every
+file has a checksum, which is compared when the checkpoint is opened.
 
 Not torch.distributed.checkpoint, whose index is a pickle: reading a checkpoint would
 run whatever code someone put there, and files here never do.
@@ -25,8 +26,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dpsgd.checkpoint.files import (
+    checked,
     damaged,
-    facts_of,
+    mapped_tensors,
+    sealed,
     sync_folder,
     write_atomically,
     write_tensors,
@@ -85,7 +88,7 @@ def complete_shards(
         CheckpointError: The index could not be written, or the folder not renamed.
     """
     index = {"num_ranks": num_ranks, "save": save, "facts": dict(facts)}
-    write_atomically(part / _INDEX, json.dumps(index).encode())
+    write_atomically(part / _INDEX, sealed(index, {}).encode())
     with writing(path):
         old = path.with_suffix(".old")
         shutil.rmtree(old, ignore_errors=True)
@@ -99,13 +102,14 @@ def complete_shards(
 def read_shards(folder: Path) -> Checkpoint:
     """Opens a checkpoint in shards; leaves are read when they are asked for.
 
-    Those of before there was the word of a save lack it in every file.
+    Those of before there was the word of a save, or checksums, lack it in every file.
 
     Raises:
         CheckpointError: A file is missing, damaged, or of another save or rank.
     """
     try:
-        index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
+        content = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
+        index = checked(content, {}, name=_INDEX)
         if not _is_index(index):
             raise ValueError(f"{_INDEX} says something else")
         files = (_file(folder, rank) for rank in range(index["num_ranks"]))
@@ -131,18 +135,17 @@ class _ShardedTensors(Mapping[str, Tensor]):
         save: The word that each must have.
 
     Raises:
-        ValueError: A file is of another save or rank.
+        ValueError: A file is damaged, or of another save or rank.
     """
 
     def __init__(self, files: Iterable[Path], save: str | None) -> None:
         self._holders: dict[str, list[Path]] = {}
         for rank, path in enumerate(files):
-            with safe_open(path, framework="pt") as file:
-                facts = facts_of(file.metadata())
-                if (facts.get("rank"), facts.get("save")) != (rank, save):
-                    raise ValueError(f"{path.name} is of another save or rank")
-                for name in file.keys():  # noqa: SIM118 (not a dict)
-                    self._holders.setdefault(name, []).append(path)
+            tensors, facts = mapped_tensors(path)
+            if (facts.get("rank"), facts.get("save")) != (rank, save):
+                raise ValueError(f"{path.name} is of another save or rank")
+            for name in tensors:
+                self._holders.setdefault(name, []).append(path)
 
     def __getitem__(self, name: str) -> Tensor:
         """Returns all rows of a leaf."""
