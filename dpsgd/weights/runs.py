@@ -5,7 +5,7 @@ from typing import Any
 
 from dpsgd.checkpoint import CheckpointStore, read_tensors
 from dpsgd.config import ModelConfig, with_later_settings
-from dpsgd.errors import ConfigError, fault
+from dpsgd.errors import CheckpointError, ConfigError, fault
 from dpsgd.report import RunDirectory, guarantee_in_words
 from dpsgd.trees import Params
 
@@ -27,12 +27,17 @@ def run_weights(
         field: The setting that says which, for messages.
 
     Raises:
-        ConfigError: The folder holds no run, or the run kept no such weights.
+        ConfigError: The folder holds no run or an audit, or the run kept no such
+            weights.
         CheckpointError: The weights are missing or damaged.
     """
     directory.require()
     if directory.weights.exists():
         tensors, facts = read_tensors(directory.weights)
+    elif directory.newest_checkpoint() is None:
+        rule = "holds no weights yet, as model.safetensors or in a checkpoint"
+        remedy = "name a run that has saved some"
+        raise CheckpointError(fault("run_dir", directory.path, rule, remedy))
     else:
         newest = CheckpointStore(directory.checkpoints, keep=1).newest()
         tensors, facts = dict(newest.tensors), newest.facts
