@@ -106,7 +106,7 @@ def _run(arguments: argparse.Namespace) -> int:
     result, run = _audit(console, config, directory, arguments)
     report = to_json(_report(result, run), indent=2)
     write_atomically(directory.report, report.encode())
-    write_atomically(directory.path / "scores.json", to_json(_scores(result)).encode())
+    write_atomically(directory.scores, to_json(_scores(result)).encode())
     save_audit_plot(directory.path / "audit.png", result)
     console.print(audit_table(result))
     console.print(_verdict(result), highlight=False)
@@ -133,6 +133,7 @@ def _audit(
     held_in_memory(splits.train)  # canaries are planted among its images
     run, state, plan = assemble(config, store=store)
     directory.create(config_to_dict(with_absolute_paths(config)))
+    write_atomically(directory.scores, b"{}")  # even if killed, it is no other run
     console.print(facts_table(plan.rows(config), title="Privacy plan, to be audited"))
     num_images = arguments.image_canaries
     if num_images is None:

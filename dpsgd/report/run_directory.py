@@ -2,6 +2,7 @@
 
 import fcntl
 import importlib.metadata
+import json
 import os
 import platform
 import re
@@ -39,6 +40,7 @@ class RunDirectory:
         self.plan = path / "plan.json"
         self.metrics = path / "metrics.jsonl"
         self.report = path / "report.json"
+        self.scores = path / "scores.json"  # of an audit, from its start
         self.weights = path / "model.safetensors"
         self.checkpoints = path / "checkpoints"
 
@@ -101,11 +103,25 @@ class RunDirectory:
             return True
 
     def require(self) -> None:
-        """Raises ConfigError unless the folder holds a run."""
+        """Raises ConfigError unless the folder holds a run, and not an audited one."""
         if not self.config.is_file():
             rule = "holds no run (config.yaml is missing)"
             remedy = "name the folder that bin/dpsgd-train made"
             raise ConfigError(fault("run_dir", self.path, rule, remedy))
+        if self.is_audit():
+            rule = "holds an audit, whose run learned from canaries and kept no weights"
+            remedy = "name the folder that bin/dpsgd-train made"
+            raise ConfigError(fault("run_dir", self.path, rule, remedy))
+
+    def is_audit(self) -> bool:
+        """Returns whether bin/dpsgd-audit made the folder, finished or not."""
+        if self.scores.exists():
+            return True
+        try:
+            report = json.loads(self.report.read_text(encoding="utf-8"))
+        except (OSError, ValueError):  # none, or one that its reader complains of
+            return False
+        return isinstance(report, dict) and "canaries" in report
 
     def newest_checkpoint(self) -> int | None:
         """Returns the step of the newest checkpoint, None without any."""

@@ -237,8 +237,8 @@ def read_run(path: Path) -> RunRecord:
         path: Folder that bin/dpsgd-train made.
 
     Raises:
-        ConfigError: It holds no run, a file of it is damaged, or it was written by a
-            newer version of dpsgd.
+        ConfigError: It holds no run or an audit, a file of it is damaged, or it was
+            written by a newer version of dpsgd.
     """
     directory = RunDirectory(path)
     directory.require()

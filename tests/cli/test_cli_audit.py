@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 from planted_defects import DEFECTS
-from small_runs import command, remembering, write_config
+from small_runs import command, dpsgd_eval, remembering, write_config
 
+from dpsgd.cli import report
 from dpsgd.cli.audit import main
 from dpsgd.privacy import examine
 
@@ -104,6 +105,37 @@ def test_nothing_is_overwritten(
     assert dpsgd_audit(tmp_path) == 2
     assert "holds a run or other files already" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["notes.txt"]
+
+
+def test_an_audit_is_neither_reported_nor_measured_as_a_run(
+    finished: tuple[Path, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, _ = finished
+    left = sorted(run.iterdir())
+
+    for status in (report.main([str(run)]), dpsgd_eval(run)):
+        assert status == 2
+    first, second = capsys.readouterr().err.splitlines()
+    for line in (first, second):
+        assert line.startswith(f"run_dir={run}: holds an audit, whose run learned")
+        assert line.endswith("; name the folder that bin/dpsgd-train made")
+        assert "--resume" not in line
+    assert sorted(run.iterdir()) == left
+
+
+def test_an_audit_that_was_killed_is_not_taken_for_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def killed(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dpsgd.cli.audit.audit", killed)
+
+    assert dpsgd_audit(tmp_path) == 130
+    capsys.readouterr()
+    assert report.main([str(tmp_path / "run")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "holds an audit" in line
 
 
 def test_a_run_without_its_noise_is_refuted(

@@ -39,6 +39,19 @@ def test_a_folder_without_a_run_is_told(tmp_path: Path) -> None:
         RunDirectory(tmp_path).require()
 
 
+@pytest.mark.parametrize("name", ["scores.json", "report.json"])
+def test_a_folder_with_an_audit_is_told_by_either_file(
+    tmp_path: Path, name: str
+) -> None:
+    RunDirectory(tmp_path).create({})
+    (tmp_path / "report.json").write_text('{"epsilon": 1.0}')
+    RunDirectory(tmp_path).require()
+
+    (tmp_path / name).write_text('{"canaries": {}}')
+    with pytest.raises(ConfigError, match=r"run_dir=.*: holds an audit, .*; name"):
+        RunDirectory(tmp_path).require()
+
+
 def test_who_trains_in_a_folder_is_seen_from_outside(tmp_path: Path) -> None:
     directory = RunDirectory(tmp_path)
 
