@@ -31,6 +31,7 @@ from dpsgd.data import (
     held_in_memory,
     mislabelled,
     normalize,
+    require_room,
 )
 from dpsgd.errors import ConfigError, fault
 from dpsgd.optim import learning_rate_at
@@ -39,7 +40,7 @@ from dpsgd.run import EvaluationRecord, Observer, Run, StepRecord, TrainState
 from dpsgd.train import train
 from dpsgd.trees import zeros_like
 
-__all__ = ["audit", "audited_config"]
+__all__ = ["audit", "audited_config", "require_auditable"]
 
 _LOSSES_AT_ONCE = 500
 
@@ -59,6 +60,37 @@ def audited_config(config: Config, num_gradient_canaries: int) -> Config:
         return config
     runtime = dataclasses.replace(config.runtime, engine="vmap")
     return dataclasses.replace(config, runtime=runtime)
+
+
+def require_auditable(
+    run: Run,
+    state: TrainState,
+    splits: DataSplits,
+    *,
+    num_gradient_canaries: int,
+    num_image_canaries: int,
+) -> None:
+    """Raises where an audit with the same arguments would, before anything is begun.
+
+    Args:
+        run: As of `audit`.
+        state: As of `audit`.
+        splits: As of `audit`.
+        num_gradient_canaries: As of `audit`.
+        num_image_canaries: As of `audit`.
+
+    Raises:
+        ConfigError: There are too many canaries, or none, or the update rule hides
+            what was released, or canaries cannot be planted among the images.
+    """
+    _check(run.config, num_gradient_canaries, num_image_canaries)
+    held_in_memory(splits.train)  # canaries are planted among its images
+    require_room(
+        held_in_memory(splits.test),
+        state.params,
+        num_image_canaries=num_image_canaries,
+        num_gradient_canaries=num_gradient_canaries,
+    )
 
 
 def audit(
@@ -86,10 +118,15 @@ def audit(
         observers: Told of every step.
 
     Raises:
-        ConfigError: There are too many canaries, or none, or the update rule hides
-            what was released.
+        ConfigError: As of `require_auditable`.
     """
-    _check(run.config, num_gradient_canaries, num_image_canaries)
+    require_auditable(
+        run,
+        state,
+        splits,
+        num_gradient_canaries=num_gradient_canaries,
+        num_image_canaries=num_image_canaries,
+    )
     rng = run.streams.generator("canaries")
     device = next(iter(state.params.values())).device
     test = held_in_memory(splits.test)

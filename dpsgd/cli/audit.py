@@ -10,11 +10,11 @@ from typing import Any, Final
 from rich.console import Console
 
 from dpsgd.assembly import assemble
-from dpsgd.audit import audit, audited_config
+from dpsgd.audit import audit, audited_config, require_auditable
 from dpsgd.checkpoint import CheckpointStore, write_atomically
 from dpsgd.cli.errors import UsageParser, exit_code
 from dpsgd.config import Config, config_to_dict, load_config, with_absolute_paths
-from dpsgd.data import held_in_memory, load_datasets
+from dpsgd.data import load_datasets
 from dpsgd.privacy import AuditResult, check_confidence
 from dpsgd.report import (
     ProgressView,
@@ -102,7 +102,7 @@ def _run(arguments: argparse.Namespace) -> int:
     check_confidence(arguments.confidence)
     config = load_config(arguments.config, arguments.overrides)
     directory = RunDirectory(arguments.run_dir or _default_directory(arguments.config))
-    directory.require_absent()
+    directory.require_absent(can_resume=False)
     result, run = _audit(console, config, directory, arguments)
     report = to_json(_report(result, run), indent=2)
     write_atomically(directory.report, report.encode())
@@ -130,14 +130,19 @@ def _audit(
     store = CheckpointStore(directory.checkpoints, keep=1)  # nothing is saved
     config = audited_config(config, arguments.gradient_canaries)
     splits = load_datasets(config.data)
-    held_in_memory(splits.train)  # canaries are planted among its images
     run, state, plan = assemble(config, store=store)
-    directory.create(config_to_dict(with_absolute_paths(config)))
-    write_atomically(directory.scores, b"{}")  # even if killed, it is no other run
-    console.print(facts_table(plan.rows(config), title="Privacy plan, to be audited"))
     num_images = arguments.image_canaries
     if num_images is None:
         num_images = min(_IMAGE_CANARIES, len(splits.test))
+    numbers = {
+        "num_gradient_canaries": arguments.gradient_canaries,
+        "num_image_canaries": num_images,
+    }
+    require_auditable(run, state, splits, **numbers)
+    settings = config_to_dict(with_absolute_paths(config))
+    directory.create(settings, can_resume=False)
+    write_atomically(directory.scores, b"{}")  # even if killed, it is no other run
+    console.print(facts_table(plan.rows(config), title="Privacy plan, to be audited"))
     progress = ProgressView(console, num_steps=run.ledger.max_steps, step=0)
     with progress:
         result = audit(
@@ -145,10 +150,9 @@ def _audit(
             state,
             splits,
             num_classes=plan.facts.num_classes,
-            num_gradient_canaries=arguments.gradient_canaries,
-            num_image_canaries=num_images,
             confidence=arguments.confidence,
             observers=[_Shown(progress)],
+            **numbers,
         )
     return result, run
 

@@ -17,6 +17,7 @@ from dpsgd.data.canaries import (
     draw_coins,
     extended,
     mislabelled,
+    require_room,
 )
 from dpsgd.data.dataset import (
     Dataset,
@@ -88,5 +89,6 @@ __all__ = [
     "open_source",
     "prepare",
     "published_facts",
+    "require_room",
     "upload",
 ]

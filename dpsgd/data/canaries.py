@@ -21,12 +21,31 @@ from dpsgd.data.dataset import ImageDataset
 from dpsgd.errors import ConfigError, fault
 from dpsgd.trees import Params, num_elements
 
-__all__ = ["GradientCanaries", "draw_coins", "extended", "mislabelled"]
+__all__ = ["GradientCanaries", "draw_coins", "extended", "mislabelled", "require_room"]
 
 LossFn = Callable[..., Tensor]
 
 # Far beyond the bound, so that a path that clips too little shows.
 _TIMES_THE_BOUND = 10.0
+
+
+def require_room(
+    images: ImageDataset,
+    params: Params,
+    *,
+    num_image_canaries: int,
+    num_gradient_canaries: int,
+) -> None:
+    """Raises ConfigError where there is no image or parameter for every canary.
+
+    Args:
+        images: Where mislabelled images would be taken from.
+        params: Trainable parameters, which would be dealt out.
+        num_image_canaries: Mislabelled images, >= 0.
+        num_gradient_canaries: Canaries with a gradient of their own, >= 0.
+    """
+    _require_images(images, num_image_canaries)
+    _require_parameters(params, num_gradient_canaries)
 
 
 def draw_coins(rng: np.random.Generator, num_canaries: int) -> NDArray[np.bool_]:
@@ -74,9 +93,7 @@ def mislabelled(
     Raises:
         ConfigError: There are fewer images than that.
     """
-    if num_canaries > len(images):
-        rule = f"canaries are images of the test set, which has {len(images)}"
-        raise ConfigError(fault("--image-canaries", num_canaries, rule, "lower it"))
+    _require_images(images, num_canaries)
     rows = torch.from_numpy(rng.permutation(len(images))[:num_canaries])
     shift = torch.from_numpy(rng.integers(1, num_classes, size=num_canaries))
     labels = (images.labels[rows] + shift) % num_classes
@@ -131,12 +148,8 @@ class GradientCanaries:
         Raises:
             ConfigError: There are more canaries than parameters.
         """
+        _require_parameters(params, num_canaries)
         size = num_elements(params)
-        if num_canaries > size:
-            rule = f"each needs a parameter of its own, and there are {size}"
-            raise ConfigError(
-                fault("--gradient-canaries", num_canaries, rule, "lower it")
-            )
         share = size // max(1, num_canaries)
         dealt = rng.permutation(size)[: num_canaries * share]
         signs = 2.0 * rng.integers(2, size=(num_canaries, share)) - 1.0
@@ -196,3 +209,18 @@ class GradientCanaries:
     def _length(self) -> float:
         """Norm of the signs, by which a direction is divided."""
         return float(self.coordinates.shape[1] ** 0.5)
+
+
+def _require_images(images: ImageDataset, num_canaries: int) -> None:
+    """Raises unless there is an image for every canary."""
+    if num_canaries > len(images):
+        rule = f"canaries are images of the test set, which has {len(images)}"
+        raise ConfigError(fault("--image-canaries", num_canaries, rule, "lower it"))
+
+
+def _require_parameters(params: Params, num_canaries: int) -> None:
+    """Raises unless there is a parameter for every canary."""
+    size = num_elements(params)
+    if num_canaries > size:
+        rule = f"each needs a parameter of its own, and there are {size}"
+        raise ConfigError(fault("--gradient-canaries", num_canaries, rule, "lower it"))

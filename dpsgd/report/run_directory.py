@@ -44,20 +44,30 @@ class RunDirectory:
         self.weights = path / "model.safetensors"
         self.checkpoints = path / "checkpoints"
 
-    def require_absent(self) -> None:
-        """Raises ConfigError if the folder holds anything: nothing is overwritten."""
+    def require_absent(self, *, can_resume: bool = True) -> None:
+        """Raises ConfigError if the folder holds anything: nothing is overwritten.
+
+        Args:
+            can_resume: Whether the command has `--resume`, which is then named.
+        """
         if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             rule = "holds a run or other files already, and nothing is overwritten"
-            remedy = f"name another folder, or go on with --resume {self.path}"
+            remedy = "name another folder"
+            if can_resume:
+                remedy = f"{remedy}, or go on with --resume {self.path}"
             raise ConfigError(fault("--run-dir", self.path, rule, remedy))
 
-    def create(self, settings: Mapping[str, Any]) -> None:
+    def create(self, settings: Mapping[str, Any], *, can_resume: bool = True) -> None:
         """Makes the folder and writes the resolved settings into it.
+
+        Args:
+            settings: Sections by name.
+            can_resume: As of `require_absent`.
 
         Raises:
             ConfigError: The folder holds something, or cannot be made.
         """
-        self.require_absent()
+        self.require_absent(can_resume=can_resume)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             text = yaml.safe_dump(dict(settings), sort_keys=False)

@@ -23,6 +23,12 @@ FULL_BATCH = {
 }
 
 
+PLAIN = [
+    *("--set", "privacy.noise_multiplier=null"),
+    *("--set", "privacy.delta=null"),
+]
+
+
 def dpsgd_audit(folder: Path, *arguments: Any, changes: Any = None) -> int:
     config = write_config(folder, {**FULL_BATCH, **(changes or {})})
     numbers = ["--gradient-canaries", "400", "--image-canaries", "20"]
@@ -103,7 +109,9 @@ def test_nothing_is_overwritten(
     (tmp_path / "run" / "notes.txt").write_text("mine")
 
     assert dpsgd_audit(tmp_path) == 2
-    assert "holds a run or other files already" in capsys.readouterr().err
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"--run-dir={tmp_path / 'run'}: holds a run or other files")
+    assert line.endswith("; name another folder")  # an audit cannot go on
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["notes.txt"]
 
 
@@ -165,10 +173,17 @@ def test_a_run_that_claims_nothing_is_audited(
         (["--confidence", "1"], "confidence=1.0: must be in (0, 1)"),
         (["--gradient-canaries", "-1"], "canaries=-1 and 20: must be at least 0"),
         (["--image-canaries", "400"], "--image-canaries=400: canaries are images of"),
+        (["--image-canaries", "100000"], "--image-canaries=100000: canaries are"),
+        (["--gradient-canaries", "100000"], "--gradient-canaries=100000: each needs"),
+        (
+            ["--gradient-canaries", "0", "--image-canaries", "0"],
+            "canaries=0 and 0: must be at least 0, and one of them above",
+        ),
+        (["--set", "privacy.enabled=false", *PLAIN], "privacy.enabled=False: a run"),
         (["--set", "optimizer.name=adamw"], "optimizer.name=adamw: the auditor reads"),
     ],
 )
-def test_what_cannot_be_audited_is_refused(
+def test_what_cannot_be_audited_is_refused_and_leaves_nothing(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     arguments: list[str],
@@ -177,3 +192,4 @@ def test_what_cannot_be_audited_is_refused(
     assert dpsgd_audit(tmp_path, *arguments) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(told)
+    assert [path.name for path in tmp_path.iterdir()] == ["small.yaml"]

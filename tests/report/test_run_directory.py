@@ -13,6 +13,8 @@ def test_a_folder_that_holds_anything_is_left_alone(tmp_path: Path) -> None:
 
     with pytest.raises(ConfigError, match=r"nothing is overwritten; .* --resume "):
         RunDirectory(tmp_path).create({})
+    with pytest.raises(ConfigError, match=r"; name another folder$"):
+        RunDirectory(tmp_path).create({}, can_resume=False)
     with pytest.raises(ConfigError, match="nothing is overwritten"):
         RunDirectory(tmp_path / "notes.txt").create({})
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
