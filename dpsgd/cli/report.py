@@ -8,7 +8,14 @@ from pathlib import Path
 from rich.console import Console
 
 from dpsgd.cli.errors import UsageParser, exit_code
-from dpsgd.report import OwnFiles, comparison_report, read_run, run_report
+from dpsgd.errors import ConfigError, fault
+from dpsgd.report import (
+    OwnFiles,
+    RunDirectory,
+    comparison_report,
+    read_run,
+    run_report,
+)
 
 __all__ = ["main"]
 
@@ -50,6 +57,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _run(arguments: argparse.Namespace) -> int:
     """Reads the runs and writes the report."""
+    if arguments.output is not None:
+        _check_output(arguments.output, arguments.run_dirs)
     runs = [read_run(path) for path in arguments.run_dirs]
     report = run_report(runs[0]) if len(runs) == 1 else comparison_report(runs)
     folder = arguments.output or _default_folder(arguments.run_dirs, datetime.now())
@@ -58,6 +67,15 @@ def _run(arguments: argparse.Namespace) -> int:
     text = f"report: {folder / 'report.html'}"
     console.print(text, highlight=False, soft_wrap=True)
     return 0
+
+
+def _check_output(output: Path, run_dirs: Sequence[Path]) -> None:
+    """Raises ConfigError if the report would replace that of a run it is not of."""
+    if not RunDirectory(output).config.exists():
+        return
+    if [path.resolve() for path in run_dirs] != [output.resolve()]:
+        rule = "is the folder of a run, where only the report of that run alone belongs"
+        raise ConfigError(fault("--output", output, rule, "name another folder"))
 
 
 def _default_folder(run_dirs: Sequence[Path], now: datetime) -> Path:

@@ -62,6 +62,22 @@ def test_several_runs_get_a_folder_of_their_own(
     assert not (run / "report.html").exists()
 
 
+def test_no_report_goes_into_the_folder_of_another_run(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(run, other)
+    assert report.main([str(other)]) == 0
+    left = {path: path.read_bytes() for path in other.rglob("*") if path.is_file()}
+    refused = f"--output={other}: is the folder of a run, where only the report of that"
+
+    for runs in ([run], [run, other], [other, run]):
+        assert told(capsys, *runs, "--output", other).startswith(refused)
+    now = {path: path.read_bytes() for path in other.rglob("*") if path.is_file()}
+    assert now == left
+    assert report.main([str(other), "--output", f"{run}/../other"]) == 0  # its own
+
+
 def test_faults_are_told_in_one_line(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
