@@ -225,21 +225,25 @@ class SweepResults:
         joint, begun = self.joint(), self._begun()
         if not begun:
             return "No run has begun."
+        told = []
         if any(record.is_seeded for record in begun):
-            return "Runs are seeded: those may not be released as private."
+            told.append("Runs are seeded: those may not be released as private.")
+        spent = joint_epsilon(begun)
+        if spent is not None and math.isinf(spent[0]):  # whatever is seeded
+            told.append("Together the runs have no privacy guarantee.")
+        if told:
+            return " ".join(told)
         if joint is None:
             return (
                 "What the runs spend together is not recorded, or is not of one unit "
                 "of privacy."
             )
-        if math.isinf(joint[0]):
-            return "Together the runs have no privacy guarantee."
-        spent = all(record.is_finished for record in begun)
+        ended = all(record.is_finished for record in begun)
         return (
             f"All {len(begun)} runs that have begun, on the same private data: "
             f"({epsilon_in_words(joint[0])}, {significant(joint[1])})-differentially "
             f"private per {begun[0].unit} together, by basic composition"
-            f"{'' if spent else ', once they are finished'}."
+            f"{'' if ended else ', once they are finished'}."
         )
 
     def contents(self) -> dict[str, bytes]:

@@ -310,6 +310,23 @@ def test_runs_without_privacy_have_no_noise_and_no_guarantee_together(
     assert "have no privacy guarantee" in results.joint_in_words()
 
 
+def test_a_seeded_run_does_not_hide_one_without_privacy(
+    folder: SweepFolder, sweep_file: Callable[..., Path]
+) -> None:
+    seeded = {"name": "seeded", "train.seed": 7}
+    entries = [seeded, {"name": "without", **WITHOUT_PRIVACY}]
+    plan = read_sweep(sweep_file(list=entries))
+    leave_run(folder, plan.runs[0])
+    leave_run(folder, plan.runs[1], **NO_MECHANISM)
+    results = collect(folder, plan)
+
+    assert results.joint() is None
+    assert results.joint_in_words() == (
+        "Runs are seeded: those may not be released as private. "
+        "Together the runs have no privacy guarantee."
+    )
+
+
 def test_a_run_that_was_never_evaluated_has_no_part_in_the_mean(
     folder: SweepFolder, plan: SweepPlan
 ) -> None:
