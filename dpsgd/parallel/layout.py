@@ -7,7 +7,7 @@ have fewer or none. Momenta and averages lie like their parameters.
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, final
 
 import torch
 import torch.distributed as dist
@@ -21,8 +21,9 @@ if TYPE_CHECKING:  # its import takes a second that runs without shards spare
 
 __all__ = ["Layout"]
 
-# Its name since torch 2.14, where the old one warns of its end.
+# Their names since torch 2.14, where the old ones warn of their end.
 _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 
 
 @final
@@ -188,7 +189,7 @@ class Layout:
         shape = self._shapes[name]
         if name not in self._sharded:
             return slice(0, shape[0] if shape else 1)
-        most = -(-shape[0] // self.ranks.size)
+        most = self._most_rows(name)
         start = min(self.ranks.rank * most, shape[0])
         return slice(start, min(start + most, shape[0]))
 
@@ -198,28 +199,30 @@ class Layout:
         if name not in self._sharded:
             dist.all_reduce(leaf, dist.ReduceOp.SUM, group)
             return leaf
-        most = -(-len(leaf) // self.ranks.size)  # rows of a rank
-        if missing := most * self.ranks.size - len(leaf):
-            leaf = torch.cat([leaf, leaf.new_zeros(missing, *leaf.shape[1:])])
+        most = self._most_rows(name)
         part = leaf.new_empty(most, *leaf.shape[1:])
-        _reduce_scatter(part, leaf, dist.ReduceOp.SUM, group)
+        whole = _padded(leaf, most * self.ranks.size)
+        _reduce_scatter(part, whole, dist.ReduceOp.SUM, group)
         rows = self._rows(name)
         return part[: rows.stop - rows.start]
 
     def _whole(self, name: str, part: Tensor) -> Tensor:
         """Returns a whole leaf from the parts of all ranks."""
-        from torch.distributed.tensor import DTensor
-
         if name not in self._sharded:
             return part
         shape = self._shapes[name]
-        stride = torch.empty(shape, device="meta").stride()
-        mesh, placements = self.ranks.mesh, [self._placement(name)]
-        leaf = DTensor.from_local(part, mesh, placements, shape=shape, stride=stride)
-        return leaf.full_tensor()
+        most = self._most_rows(name)
+        whole = part.new_empty(most * self.ranks.size, *shape[1:])
+        _all_gather(whole, _padded(part, most), self.ranks.mesh.get_group())
+        return whole[: shape[0]]
 
-    def _placement(self, name: str) -> Any:
-        """Returns how torch calls the place of a leaf."""
-        from torch.distributed.tensor import Replicate, Shard
+    def _most_rows(self, name: str) -> int:
+        """Returns how many rows the first rank has of a leaf that is in shards."""
+        return -(-self._shapes[name][0] // self.ranks.size)
 
-        return Shard(0) if name in self._sharded else Replicate()
+
+def _padded(leaf: Tensor, num_rows: int) -> Tensor:
+    """Returns a leaf with rows of zeros after its own, so many in all."""
+    if missing := num_rows - len(leaf):
+        return torch.cat([leaf, leaf.new_zeros(missing, *leaf.shape[1:])])
+    return leaf.contiguous()

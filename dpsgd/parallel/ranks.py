@@ -35,6 +35,7 @@ _TIMEOUT: Final = timedelta(seconds=25)
 # taken the passes before it.
 _NCCL_TIMEOUT: Final = timedelta(minutes=10)
 _POLL_SECONDS: Final = 1e-4
+_PAUSE_SECONDS: Final = 0.1
 _PATIENCE: Final = timedelta(hours=1)  # for data to be read, and files to be written
 _REMEDY = "start all ranks alike, with torchrun"
 
@@ -265,6 +266,10 @@ def joined(config: Config) -> Iterator[Ranks]:
             if on_gpu:
                 stack.pop_all()
             raise
+        if not on_gpu:
+            # gloo's threads let go of tensors once they get the interpreter's lock; if
+            # that is at its end, they abort the process.
+            time.sleep(_PAUSE_SECONDS)
 
 
 def _recorded_event() -> Any:
