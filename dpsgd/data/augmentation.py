@@ -77,10 +77,6 @@ class ViewParameters:
 
         return self._each(part, with_crops=True)
 
-    def of(self, rows: Tensor) -> "ViewParameters":
-        """Returns the parameters of some examples, by their rows here (R,)."""
-        return self._each(lambda tensor: tensor[rows], with_crops=True)
-
     def to(self, device: torch.device | str) -> "ViewParameters":
         """Returns the parameters on `device`, but for the crops, which stay behind."""
         return self._each(lambda tensor: upload(tensor, device))

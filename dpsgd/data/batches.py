@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Protocol, Self, final
+from typing import Literal, Protocol, Self, final
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ __all__ = ["LoadViews", "Share", "UserViewLoader", "ViewLoader", "everything"]
 
 Share = Callable[[int], slice]
 
-_Numbers = np.random.Generator | FixedNumbers
+_FIXED_STREAMS = ("augmentation", "mixing")
 
 
 def everything(count: int) -> slice:
@@ -167,18 +167,39 @@ class ViewLoader:
         return mix_views(views, parameters.mixtures)
 
     def _parameters(self, draw: NDArray[np.int64], step: int) -> ViewParameters:
-        """Returns the views of all examples of a step."""
+        """Draws the views of all examples of a step; mixtures are the last of them."""
+        config = self._config
+        num_views = config.augmentation_multiplicity - config.mixed_views
+        parameters = draw_views(
+            self._numbers("augmentation", draw, step),
+            len(draw),
+            augmentation=config.augmentation,
+            crop_padding=config.crop_padding,
+            augmentation_multiplicity=num_views,
+            image_size=config.image_size,
+        )
+        if config.mixed_views == 0:
+            return parameters
+        mixtures = draw_mixtures(
+            self._numbers("mixing", draw, step),
+            len(draw),
+            num_views=num_views,
+            num_mixed=config.mixed_views,
+        )
+        return dataclasses.replace(parameters, mixtures=mixtures)
+
+    def _numbers(
+        self,
+        stream: Literal["augmentation", "mixing"],
+        draw: NDArray[np.int64],
+        step: int,
+    ) -> np.random.Generator | FixedNumbers:
+        """Returns what a stream of a step is drawn from: the run's, or the images."""
         if not self._config.fixed_views:
-            augmentation = self._streams.generator("augmentation", step)
-            return self._drawn(
-                len(draw), augmentation, self._streams.generator("mixing", step)
-            )
+            return self._streams.generator(stream, step)
         if self._keys is None:
             self._keys = self._dataset.image_keys()
-        keys = self._keys[draw]
-        return self._drawn(
-            len(draw), FixedNumbers(keys, stream=0), FixedNumbers(keys, stream=1)
-        )
+        return FixedNumbers(self._keys[draw], stream=_FIXED_STREAMS.index(stream))
 
     def _uniforms(
         self, num_drawn: int, own: slice, step: int, *, padded_length: int
@@ -198,27 +219,6 @@ class ViewLoader:
         drawn = rng.random((num_drawn, *shape), dtype=np.float32)[own]
         uniforms[: len(drawn)] = drawn
         return (upload(torch.from_numpy(uniforms), self._device),)
-
-    def _drawn(
-        self, num_examples: int, augmentation: _Numbers, mixing: _Numbers
-    ) -> ViewParameters:
-        """Draws the views of examples, as configured; mixtures are the last of them."""
-        config = self._config
-        num_views = config.augmentation_multiplicity - config.mixed_views
-        parameters = draw_views(
-            augmentation,
-            num_examples,
-            augmentation=config.augmentation,
-            crop_padding=config.crop_padding,
-            augmentation_multiplicity=num_views,
-            image_size=config.image_size,
-        )
-        if config.mixed_views == 0:
-            return parameters
-        mixtures = draw_mixtures(
-            mixing, num_examples, num_views=num_views, num_mixed=config.mixed_views
-        )
-        return dataclasses.replace(parameters, mixtures=mixtures)
 
 
 @final
