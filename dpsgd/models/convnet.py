@@ -14,19 +14,10 @@ from dpsgd.config import ModelConfig
 from dpsgd.errors import fault
 from dpsgd.models.architecture import Architecture, Network
 from dpsgd.models.layers import Conv2d, Linear, activation_and_norm
+from dpsgd.models.settings import NORMED_SETTINGS
 
 __all__ = ["CONVNET", "ConvNet"]
 
-_USES = (
-    "depth",
-    "width",
-    "normalization",
-    "groups",
-    "order",
-    "weight_standardization",
-    "compute_dtype",
-    "stride_padding",
-)
 _FIRST_CHANNELS = 16
 
 
@@ -92,4 +83,6 @@ def _faults(config: ModelConfig, image_shape: tuple[int, int, int]) -> list[str]
     return faults
 
 
-CONVNET: Final = Architecture(build=ConvNet, uses=_USES, faults=_faults)
+CONVNET: Final = Architecture(
+    build=ConvNet, uses=("depth", "width", *NORMED_SETTINGS), faults=_faults
+)

@@ -1,13 +1,23 @@
-"""Settings of networks without normalisation, whichever they are."""
+"""Settings that networks of one kind use, whichever they are."""
 
 from typing import Final
 
 from dpsgd.config import ModelConfig
 from dpsgd.errors import fault
 
-__all__ = ["NORM_FREE_SETTINGS", "faults_of_norm_free"]
+__all__ = ["NORMED_SETTINGS", "NORM_FREE_SETTINGS", "faults_of_norm_free"]
 
 _SMALLEST_SIDE = 32  # halved five times
+
+NORMED_SETTINGS: Final = (
+    "normalization",
+    "groups",
+    "order",
+    "weight_standardization",
+    "compute_dtype",
+    "stride_padding",
+)
+"""What networks of convolutions behind activation and norm use besides their size."""
 
 NORM_FREE_SETTINGS: Final = (
     "normalization",
@@ -17,7 +27,7 @@ NORM_FREE_SETTINGS: Final = (
     "compute_dtype",
     "stride_padding",
 )
-"""What they use, if only to refuse all but one value, besides their size."""
+"""What networks without norms use, if only to refuse all but one value."""
 
 
 def faults_of_norm_free(

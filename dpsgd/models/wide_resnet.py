@@ -26,19 +26,10 @@ from dpsgd.models.layers import (
     activate,
     activation_and_norm,
 )
+from dpsgd.models.settings import NORMED_SETTINGS
 
 __all__ = ["WIDE_RESNET", "WideResNet"]
 
-_USES = (
-    "depth",
-    "width",
-    "normalization",
-    "groups",
-    "order",
-    "weight_standardization",
-    "compute_dtype",
-    "stride_padding",
-)
 _STEM_CHANNELS = 16
 _STAGE_CHANNELS = (16, 32, 64)
 _STAGE_STRIDES = (1, 2, 2)
@@ -187,5 +178,8 @@ def _title(config: ModelConfig) -> str:
 
 
 WIDE_RESNET: Final = Architecture(
-    build=_build, uses=_USES, faults=_faults, title=_title
+    build=_build,
+    uses=("depth", "width", *NORMED_SETTINGS),
+    faults=_faults,
+    title=_title,
 )
