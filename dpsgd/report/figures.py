@@ -77,9 +77,9 @@ def curves_of(
             (run.name, run, value_ema if value_ema and run.keeps_average else value)
             for run in runs
         ]
-    curves = []
+    curves, in_epochs = [], _differ_in_steps(runs)
     for rank, (label, run, chosen) in enumerate(named):
-        place = over or _progress(run, in_epochs=_differ_in_steps(runs))
+        place = over or _progress(run, in_epochs=in_epochs)
         found = [(place(one), chosen(one)) for one in run.evaluations]
         points = [(x, y) for x, y in found if x is not None and y is not None]
         finite = tuple(point for point in points if all(map(math.isfinite, point)))
