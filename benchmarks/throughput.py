@@ -8,17 +8,19 @@ with privacy, the clipped sum of one microbatch.
     python benchmarks/throughput.py --save benchmarks/results/throughput_NAME.json \
         --plot benchmarks/results/throughput_NAME.svg
     python benchmarks/throughput.py --work "nf-resnet-50 K=4" "nfnet-f3 K=4"
+    python benchmarks/throughput.py --from A.json B.json --plot AB.svg
 
 The large networks are measured only when they are asked for.
 """
 
 import argparse
 import gc
+import json
 import math
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -200,7 +202,41 @@ def main() -> None:
     parser.add_argument("--paths", nargs="*", choices=list(PATHS), default=None)
     parser.add_argument("--save", type=Path)
     parser.add_argument("--plot", type=Path)
+    parser.add_argument(
+        "--from",
+        dest="saved",
+        nargs="+",
+        type=Path,
+        metavar="SAVED.json",
+        help="show what was saved, of one machine, and measure nothing",
+    )
     arguments = parser.parse_args()
+    facts, rows = read(arguments.saved) if arguments.saved else measured(arguments)
+    show(rows, facts)
+    if arguments.plot:
+        draw(rows, facts, arguments.plot)
+
+
+def read(saved: Sequence[Path]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Returns facts and rows of saved files, in the order of works and paths here.
+
+    Raises:
+        SystemExit: They were measured on different devices or versions.
+    """
+    files = [json.loads(path.read_text()) for path in saved]
+    told = {(one["device"], one["versions"]["torch"]) for one in files}
+    if len(told) > 1:
+        raise SystemExit(f"--from: devices or versions differ, {sorted(told)}")
+    rows = [row for one in files for row in one["rows"]]
+    works, paths = list(WORK), list(PATHS)
+    rows.sort(key=lambda row: (works.index(row["work"]), paths.index(row["path"])))
+    return files[0], rows
+
+
+def measured(
+    arguments: argparse.Namespace,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Measures what is asked for, and returns facts of the machine and rows."""
     name = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(name)
     torch.backends.cudnn.benchmark = True
@@ -221,9 +257,7 @@ def main() -> None:
             if arguments.save:  # after every row: a later path may fail
                 text = to_json({**facts, "rows": rows}, indent=1)
                 arguments.save.write_text(text + "\n")
-    show(rows, facts)
-    if arguments.plot:
-        draw(rows, facts, arguments.plot)
+    return facts, rows
 
 
 if __name__ == "__main__":

@@ -372,6 +372,40 @@ def test_rows_are_saved_before_a_later_path_fails(
     assert {row["work"] for row in rows} == {first}
 
 
+def test_saved_rows_of_one_machine_are_drawn_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    throughput = benchmark_of("throughput")
+    paths = list(throughput.PATHS)
+
+    def save(name: str, work: str, path: str, device: str) -> str:
+        row = throughput.row_of(work, path, torch.device("cpu"), 0.1)
+        facts = {"device": device, "versions": {"torch": "2.11.0"}}
+        (tmp_path / name).write_text(json.dumps({**facts, "rows": [row]}))
+        return str(tmp_path / name)
+
+    second = save("a", throughput.SMALL[1], paths[0], "one")
+    first = throughput.SMALL[0]
+    others = [save(str(at), first, paths[at], "one") for at in (1, 0)]
+    drawn = tmp_path / "drawn.svg"
+    arguments = ["throughput", "--plot", str(drawn), "--from", second, *others]
+    monkeypatch.setattr(sys, "argv", arguments)
+    throughput.main()
+
+    _, rows = throughput.read([Path(one) for one in (second, *others)])
+    assert [(row["work"], row["path"]) for row in rows] == [
+        (throughput.SMALL[0], paths[0]),
+        (throughput.SMALL[0], paths[1]),
+        (throughput.SMALL[1], paths[0]),
+    ]
+    assert throughput.SMALL[1] in drawn.read_text()
+    assert throughput.SMALL[1] in capsys.readouterr().out
+
+    other = save("d", throughput.SMALL[0], paths[0], "two")
+    with pytest.raises(SystemExit, match="devices or versions differ"):
+        throughput.read([Path(second), Path(other)])
+
+
 def test_a_profile_says_what_a_pass_is_made_of(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
