@@ -70,7 +70,7 @@ WORK = {
     "wrn16-4 K=16": Work(model=WRN_16, examples=128, views=16, giga_macs=0.393),
     "wrn16-4 K=4": Work(model=WRN_16, examples=256, views=4, giga_macs=0.393),
     "wrn16-4 K=1": Work(model=WRN_16, examples=512, views=1, giga_macs=0.393),
-    "wrn40-4 K=16": Work(model=WRN_40, examples=64, views=16, giga_macs=1.299),
+    "wrn40-4 K=16": Work(model=WRN_40, examples=128, views=16, giga_macs=1.299),
     "nf-resnet-50 K=4": Work(
         model=NF_RESNET_50,
         examples=64,
