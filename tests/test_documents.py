@@ -224,7 +224,12 @@ def test_each_rung_of_the_ladder_changes_what_it_names() -> None:
 
     assert changes_along(plan) == [
         {"model.normalization"},
-        {"privacy.expected_batch_size", "train.num_steps", "optimizer.learning_rate"},
+        {
+            "privacy.expected_batch_size",
+            "train.num_steps",
+            "eval.every",  # as many points on the curve
+            "optimizer.learning_rate",
+        },
         {"model.weight_standardization"},
         {"data.augmentation", "data.augmentation_multiplicity"},
         {"ema.decay"},
