@@ -44,8 +44,8 @@ def with_classes(config: Config, facts: PublicFacts) -> PublicFacts:
     """Returns the facts with a name for every output of the network.
 
     Raises:
-        ConfigError: Declared classes and `model.num_classes` contradict each other, or
-            neither is given.
+        ConfigError: Declared classes and `model.num_classes` contradict each other,
+            neither is given, or there is but one class.
     """
     declared, wanted = len(facts.class_names), config.model.num_classes
     if not declared and wanted is None:
@@ -59,6 +59,10 @@ def with_classes(config: Config, facts: PublicFacts) -> PublicFacts:
             fault("model.num_classes", wanted, rule, f"set {declared} or remove it")
         )
     names = facts.class_names or tuple(str(label) for label in range(wanted or 0))
+    if len(names) < 2:
+        rule = "must be at least 2: of one class there is nothing to learn"
+        remedy = "train on examples of several classes"
+        raise ConfigError(fault("model.num_classes", len(names), rule, remedy))
     return dataclasses.replace(facts, class_names=names)
 
 

@@ -65,6 +65,13 @@ def test_classes_are_never_counted_from_labels(
         start(tmp_path, {"model.num_classes": 3})
 
 
+def test_one_class_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    unnamed(monkeypatch)
+
+    with pytest.raises(ConfigError, match=r"model\.num_classes=1: must be at least 2"):
+        start(tmp_path, {"model.num_classes": 1})
+
+
 @pytest.mark.parametrize("classes", [9, 11])
 def test_other_classes_than_the_data_have_are_refused(
     tmp_path: Path, classes: int
