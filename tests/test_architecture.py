@@ -182,6 +182,17 @@ def test_files_are_short(path: Path) -> None:
     assert len(path.read_text().splitlines()) <= MAX_FILE_LINES
 
 
+@pytest.mark.parametrize("folder", ["benchmarks", "bin", "examples", "tests"])
+def test_files_around_the_package_are_short(folder: str) -> None:
+    lengths = {
+        path.name: len(path.read_text().splitlines())
+        for path in (PACKAGE.parent / folder).rglob("*.py")
+    }
+
+    assert lengths
+    assert not [name for name in lengths if lengths[name] > MAX_FILE_LINES]
+
+
 def test_functions_are_short(tree: ast.Module) -> None:
     long = {
         node.name: body_lines(node)
