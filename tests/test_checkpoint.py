@@ -122,6 +122,32 @@ def test_a_failed_write_leaves_everything_as_it_was(
     assert store.newest().facts == {"value": 1.0}
 
 
+def test_without_a_checkpoint_no_run_can_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "fsync", raising(errno.ENOSPC))
+    with pytest.raises(CheckpointError) as caught:
+        CheckpointStore(tmp_path, keep=1).save(0, checkpoint(1.0))
+
+    assert str(caught.value).endswith("and start the run anew in another folder")
+
+
+def test_a_file_that_may_not_be_read_is_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = CheckpointStore(tmp_path, keep=1)
+    store.save(1, checkpoint(1.0))
+    (path,) = tmp_path.iterdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", raising(errno.EACCES))
+        with pytest.raises(CheckpointError) as caught:
+            store.newest()
+
+    told = "cannot be read (Permission denied); give access to it"
+    assert str(caught.value) == f"checkpoint={path}: {told}"
+    assert store.newest().facts == {"value": 1.0}
+
+
 def test_a_file_is_synced_before_it_gets_its_name_and_its_folder_after(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

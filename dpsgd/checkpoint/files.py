@@ -38,40 +38,62 @@ _HEADER = "dpsgd"
 # files would differ.
 _CHECKSUM = "sha256"
 _OWNER_ONLY = 0o600
+_FIELD = "checkpoint"
+_GO_ON = "go on with --resume"
+_TAKE_OLDER = "delete it to go on from an older one, if there is one"
 
 
 def write_tensors(
-    path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    facts: Mapping[str, Any],
+    *,
+    then: str = _GO_ON,
 ) -> None:
     """Writes tensors with JSON facts atomically, readable by the owner alone.
+
+    Args:
+        path: Of the file.
+        tensors: By name, on any device.
+        facts: Plain values by name.
+        then: What to do once the disk can be written, for the message.
 
     Raises:
         CheckpointError: The file could not be written; an older one is untouched.
     """
     on_cpu = {name: leaf.detach().cpu().contiguous() for name, leaf in tensors.items()}
-    write_atomically(path, save(on_cpu, metadata={_HEADER: sealed(facts, on_cpu)}))
+    content = save(on_cpu, metadata={_HEADER: sealed(facts, on_cpu)})
+    write_atomically(path, content, then=then)
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_tensors(
+    path: Path, *, remedy: str = _TAKE_OLDER
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Reads what `write_tensors` wrote; never runs code from the file.
 
+    Args:
+        path: Of the file.
+        remedy: What to do without it, for the message.
+
     Raises:
-        CheckpointError: The file is missing, damaged or not one of ours.
+        CheckpointError: The file is missing, damaged or not one of ours, or may not be
+            read.
     """
     try:
         return mapped_tensors(path)
     except (OSError, SafetensorError, ValueError) as error:
-        raise damaged(path, error) from error
+        raise damaged(path, error, remedy=remedy) from error
 
 
 def mapped_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Returns tensors that lie in a file, not in memory, and facts; both are checked.
 
     Raises:
-        OSError: The file is missing.
+        OSError: The file is missing, or may not be read.
         SafetensorError: It is damaged, or `write_tensors` did not write it.
         ValueError: It is damaged.
     """
+    path.open("rb").close()  # a file that may not be read is no missing one
     with safe_open(path, framework="pt") as file:
         header = (file.metadata() or {}).get(_HEADER)
         if header is None:
@@ -114,11 +136,21 @@ def _checksum(facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     return hashlib.sha256(f"{sha256(tensors)} {told}".encode()).hexdigest()
 
 
-def damaged(path: Path, error: Exception) -> CheckpointError:
-    """Returns the error for a file that cannot be read."""
+def damaged(
+    path: Path, error: Exception, *, remedy: str = _TAKE_OLDER
+) -> CheckpointError:
+    """Returns the error for a file that cannot be read.
+
+    Args:
+        path: Of the file.
+        error: Why; a file that is there and may not be read is not called damaged.
+        remedy: What to do without a file that is missing or damaged.
+    """
     rule = f"is missing or damaged ({' '.join(str(error).split())})"
-    remedy = "delete it to go on from an older one, if there is one"
-    return CheckpointError(fault("checkpoint", path, rule, remedy))
+    if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+        rule = f"cannot be read ({error.strerror or error})"
+        remedy = "give access to it"
+    return CheckpointError(fault(_FIELD, path, rule, remedy))
 
 
 def is_ours(path: Path) -> bool:
@@ -131,18 +163,26 @@ def is_ours(path: Path) -> bool:
         return _HEADER in (file.metadata() or {})
 
 
-def write_atomically(path: Path, content: bytes) -> None:
+def write_atomically(
+    path: Path, content: bytes, *, field: str = _FIELD, then: str = _GO_ON
+) -> None:
     """Replaces a file by new content, or leaves it as it was.
 
     Temporary file, fsync, rename, fsync of the folder: after a crash at any point
     the path holds the old content or the new, never a part.
+
+    Args:
+        path: Of the file.
+        content: All of it.
+        field: What the file is, for the message.
+        then: What to do once the disk can be written, for the message.
 
     Raises:
         CheckpointError: The disk is full or refuses; the temporary file is removed.
     """
     temporary = path.with_name(f"{path.name}.tmp")
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
-    with writing(path, len(content)):
+    with writing(path, len(content), field=field, then=then):
         try:
             with os.fdopen(os.open(temporary, flags, _OWNER_ONLY), "wb") as file:
                 file.write(content)
@@ -156,16 +196,24 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 @contextmanager
-def writing(path: Path, num_bytes: int = 0) -> Iterator[None]:
-    """Turns what a full or locked disk raises into a CheckpointError."""
+def writing(
+    path: Path, num_bytes: int = 0, *, field: str = _FIELD, then: str = _GO_ON
+) -> Iterator[None]:
+    """Turns what a full or locked disk raises into a CheckpointError.
+
+    Args:
+        path: What is written.
+        num_bytes: How much of it, if that is known.
+        field: As of `write_atomically`.
+        then: As of `write_atomically`.
+    """
     try:
         yield
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         rule = "the disk is full" if full else f"cannot be written ({error.strerror})"
         room = f"free {num_bytes or 4096:,} bytes" if full else "give access to it"
-        remedy = f"{room} and go on with --resume"
-        raise CheckpointError(fault("checkpoint", path, rule, remedy)) from error
+        raise CheckpointError(fault(field, path, rule, f"{room} and {then}")) from error
 
 
 def sync_folder(folder: Path) -> None:

@@ -28,6 +28,7 @@ __all__ = ["CheckpointStore", "differences"]
 
 _WHOLE = ".safetensors"
 _SHARDS = ".shards"
+_ANEW = "start the run anew in another folder"
 
 
 class CheckpointStore:
@@ -52,10 +53,11 @@ class CheckpointStore:
         Raises:
             CheckpointError: The file could not be written; nothing else changed.
         """
-        with writing(self.folder):
+        then = self._after_a_failure()
+        with writing(self.folder, then=then):
             self.folder.mkdir(parents=True, exist_ok=True)
         path = self._path(step, _WHOLE)
-        write_tensors(path, checkpoint.tensors, checkpoint.facts)
+        write_tensors(path, checkpoint.tensors, checkpoint.facts, then=then)
         self._drop_old(path)
 
     def save_shards(self, step: int, shard: Checkpoint, ranks: Ranks) -> None:
@@ -122,10 +124,13 @@ class CheckpointStore:
         found = self._found()
         if not found:
             rule = "holds no checkpoint"
-            remedy = "start the run anew in another folder"
-            raise CheckpointError(fault("--resume", self.folder.parent, rule, remedy))
+            raise CheckpointError(fault("--resume", self.folder.parent, rule, _ANEW))
         path = found[max(found)]
         return read_shards(path) if path.is_dir() else Checkpoint(*read_tensors(path))
+
+    def _after_a_failure(self) -> str:
+        """Returns what to do about a save that failed, once it would not."""
+        return "go on with --resume" if self._found() else _ANEW
 
     def _found(self) -> dict[int, Path]:
         """Returns the checkpoints that are there, by step, ascending."""

@@ -33,6 +33,7 @@ __all__ = ["main"]
 _REFUTED: Final = 1
 _GRADIENT_CANARIES: Final = 1000
 _IMAGE_CANARIES: Final = 300
+_ON_FAILURE: Final = {"field": "run_dir", "then": "audit anew in another folder"}
 _NOT_FOR_RELEASE: Final = (
     "This run has learned from canaries. Its weights are not kept, and no run with "
     "canaries may be released."
@@ -104,9 +105,10 @@ def _run(arguments: argparse.Namespace) -> int:
     directory = RunDirectory(arguments.run_dir or _default_directory(arguments.config))
     directory.require_absent(can_resume=False)
     result, run = _audit(console, config, directory, arguments)
-    report = to_json(_report(result, run), indent=2)
-    write_atomically(directory.report, report.encode())
-    write_atomically(directory.scores, to_json(_scores(result)).encode())
+    report = to_json(_report(result, run), indent=2).encode()
+    write_atomically(directory.report, report, **_ON_FAILURE)
+    scores = to_json(_scores(result)).encode()
+    write_atomically(directory.scores, scores, **_ON_FAILURE)
     save_audit_plot(directory.path / "audit.png", result)
     console.print(audit_table(result))
     console.print(_verdict(result), highlight=False)
@@ -141,7 +143,8 @@ def _audit(
     require_auditable(run, state, splits, **numbers)
     settings = config_to_dict(with_absolute_paths(config))
     directory.create(settings, can_resume=False)
-    write_atomically(directory.scores, b"{}")  # even if killed, it is no other run
+    # Even if killed, it is no other run.
+    write_atomically(directory.scores, b"{}", **_ON_FAILURE)
     console.print(facts_table(plan.rows(config), title="Privacy plan, to be audited"))
     progress = ProgressView(console, num_steps=run.ledger.max_steps, step=0)
     with progress:

@@ -146,7 +146,7 @@ def _show(config: Config, mine: _Measured, twin: _Measured | None) -> None:
         results[f"twin ({twin.weights})"] = twin.result.measures
         told.append(f"twin {twin.path}: {twin.guarantee}")
     step = mine.facts["step"]
-    title = f"After {step} step{'' if step == 1 else 's'}"
-    console.print(result_table(results, title=title))
+    console.print(f"After {step} step{'' if step == 1 else 's'}", style="italic")
+    console.print(result_table(results))
     for line in told:
         console.print(line, highlight=False, soft_wrap=True)

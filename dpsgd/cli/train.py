@@ -181,9 +181,10 @@ def _follow(run: Run, state: TrainState) -> int:
 def _record_plan(directory: RunDirectory, config: Config, plan: Plan) -> None:
     """Writes what the run will do, and with what, for those who read it unfinished."""
     planned = {"format": FORMAT, **plan.to_dict(config)}
-    write_atomically(directory.plan, to_json(planned, indent=2).encode())
     found = {**environment(), **launch_of()}
-    write_atomically(directory.environment, to_json(found).encode())
+    told = {"field": "run_dir", "then": "start the run anew in another folder"}
+    write_atomically(directory.plan, to_json(planned, indent=2).encode(), **told)
+    write_atomically(directory.environment, to_json(found).encode(), **told)
 
 
 def _train_locked(
@@ -308,7 +309,8 @@ def _leave(
     del network["init_from"], network["init_weights"]  # a path is nobody's business
     facts["model"] = network
     write_tensors(directory.weights, weights, facts)
-    write_atomically(directory.report, to_json(report, indent=2).encode())
+    content = to_json(report, indent=2).encode()
+    write_atomically(directory.report, content, field="run_dir")
     results = {
         name: one.measures
         for name, one in (("last", record.last), ("ema", record.ema))
@@ -316,8 +318,9 @@ def _leave(
     }
     for comparison in comparisons(record.ema or record.last, run.config):
         console.print(comparison_table(comparison))
-    guarantee = guarantee_in_words(report)
-    console.print(result_table(results, title=f"Result, {guarantee}"))
+    told = f"Result, {guarantee_in_words(report)}"
+    console.print(told, style="italic", highlight=False, soft_wrap=True)
+    console.print(result_table(results))
     if outcome == "budget_spent":
         text = f"the budget was spent after {state.step} of {run.mechanism.num_steps}"
         console.print(f"stopped early: {text} steps", highlight=False, soft_wrap=True)

@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
-from rich.text import Text
 
 from dpsgd.privacy import rounded_up
 
@@ -26,16 +25,16 @@ def facts_table(rows: Sequence[tuple[str, str]], *, title: str) -> Table:
     return table
 
 
-def result_table(results: Mapping[str, Mapping[str, float]], *, title: str) -> Table:
+def result_table(results: Mapping[str, Mapping[str, float]]) -> Table:
     """Returns a table with a column for each kind of weights.
+
+    It has no title, which would be cut where the terminal ends, and a guarantee must
+    never be: print that before, as a line.
 
     Args:
         results: Measures by kind of weights: accuracies in [0, 1], loss in nats.
-        title: Heading.
     """
-    # A title is otherwise folded to the width of the columns below it.
-    whole = Text(title, no_wrap=True, overflow="ignore")
-    table = Table(title=whole, title_justify="left")
+    table = Table()
     table.add_column("test set", style="bold")
     for weights in results:
         table.add_column(weights, justify="right")

@@ -33,7 +33,8 @@ def run_weights(
     """
     directory.require()
     if directory.weights.exists():
-        tensors, facts = read_tensors(directory.weights)
+        remedy = "move it away, and the newest checkpoint is taken, if there is one"
+        tensors, facts = read_tensors(directory.weights, remedy=remedy)
     elif directory.newest_checkpoint() is None:
         rule = "holds no weights yet, as model.safetensors or in a checkpoint"
         remedy = "name a run that has saved some"

@@ -94,7 +94,7 @@ def _read_safetensors(config: ModelConfig, path: Path) -> Weights:
     """Reads a safetensors file, of ours or of others."""
     if not is_ours(path):
         return Weights(source=str(config.init_from), tensors=load_file(path))
-    tensors, facts = read_tensors(path)
+    tensors, facts = read_tensors(path, remedy="name a whole copy of it")
     which = config.init_weights
     chosen = chosen_weights(tensors, which, field="model.init_weights")
     return _ours(config, chosen, facts)

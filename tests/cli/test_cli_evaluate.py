@@ -109,7 +109,9 @@ def test_faults_are_told_in_one_line(
     shutil.copytree(run, copy)
     weights = copy / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
-    assert f"checkpoint={weights}: is missing or damaged" in told(capsys, copy)
+    said = told(capsys, copy)
+    assert f"checkpoint={weights}: is missing or damaged" in said
+    assert "; move it away, and the newest checkpoint is taken" in said
     weights.unlink()
     shutil.rmtree(copy / "checkpoints")
     assert told(capsys, copy).startswith(f"run_dir={copy}: holds no weights yet, as")

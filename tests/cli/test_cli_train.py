@@ -124,6 +124,8 @@ def test_output_that_is_no_terminal_is_plain_and_complete(
     assert f"run directory: {run}\n" in shown
     assert f"report: {run}/report.json\n" in shown
     assert ", 0.0001)-DP" in shown
+    # In one line, however narrow: a warning that is cut is none.
+    assert ", but seeded: NOT to be released as private\n" in shown
 
 
 def test_plan_prints_each_quantity_and_trains_nothing(

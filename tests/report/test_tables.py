@@ -24,18 +24,12 @@ def test_plan_rows_are_shown_as_they_are() -> None:
 
 def test_results_are_accuracies_in_per_cent_and_a_loss() -> None:
     measures = {"top-1": 0.98765, "loss": 0.98765}
-    table = result_table({"last": measures, "ema": {"top-1": 1, "loss": 0}}, title="")
+    table = result_table({"last": measures, "ema": {"top-1": 1, "loss": 0}})
     rows = shown(table)
 
     assert ["test set", "last", "ema"] in rows
     assert ["top-1", "98.77%", "100.00%"] in rows
     assert ["loss", "0.9877", "0.0000"] in rows
-
-
-def test_a_title_longer_than_the_table_stays_in_one_line() -> None:
-    title = "Result, (8.0000, 1e-05)-DP per example"
-
-    assert [title] in shown(result_table({"last": {"top-1": 1}}, title=title))
 
 
 def test_a_guarantee_names_its_unit_and_its_absence() -> None:
