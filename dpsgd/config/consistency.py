@@ -116,7 +116,9 @@ def _mechanism_faults(privacy: PrivacyConfig) -> list[str]:
         )
     if privacy.delta is None or not 0 < privacy.delta < 1:
         rule = "must be in (0, 1), and below 1/num_examples"
-        faults.append(fault("privacy.delta", privacy.delta, rule, "lower delta"))
+        is_low = privacy.delta is not None and privacy.delta <= 0
+        remedy = "raise delta" if is_low else "lower delta"
+        faults.append(fault("privacy.delta", privacy.delta, rule, remedy))
     return faults
 
 

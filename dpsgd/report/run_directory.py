@@ -50,7 +50,10 @@ class RunDirectory:
         Args:
             can_resume: Whether the command has `--resume`, which is then named.
         """
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        if self.path.exists() and not self.path.is_dir():
+            rule, remedy = "is a file, and nothing is overwritten", "name a folder"
+            raise ConfigError(fault("--run-dir", self.path, rule, remedy))
+        if self.path.exists() and any(self.path.iterdir()):
             rule = "holds a run or other files already, and nothing is overwritten"
             remedy = "name another folder"
             if can_resume:

@@ -164,6 +164,13 @@ def test_an_existing_run_is_not_overwritten(
     assert os.listdir(run) == ["config.yaml"]
     assert (run / "config.yaml").read_text() == "mine"
 
+    file = tmp_path / "file"
+    file.write_text("mine")
+    assert dpsgd_train(write_config(tmp_path), "--run-dir", file) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    rule = "is a file, and nothing is overwritten; name a folder"
+    assert line == f"--run-dir={file}: {rule}"
+
 
 def test_divergence_is_told_in_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 
@@ -97,3 +98,18 @@ def test_bad_input_is_one_line_and_exit_code_2(capsys, change, message):
     assert printed.out == ""
     assert printed.err.startswith(message)
     assert printed.err.count("\n") == 1
+
+
+def test_a_picture_that_cannot_be_written_leaves_nothing(capsys, tmp_path, monkeypatch):
+    path = tmp_path / "plan.png"
+    real = Path.open
+
+    def full(self, mode):
+        real(self, mode).close()
+        return real(Path("/dev/full"), "wb", buffering=0)
+
+    monkeypatch.setattr(Path, "open", full)
+    assert main([*FAST.split(), "--plot", str(path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"plot={path}: cannot be written (No space left on device);")
+    assert list(tmp_path.iterdir()) == []

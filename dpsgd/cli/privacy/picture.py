@@ -1,8 +1,8 @@
 """The picture of a plan: noise on the averaged gradient against compute."""
 
 from collections.abc import Sequence
+from io import BytesIO
 from itertools import groupby
-from pathlib import Path
 
 from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -14,13 +14,12 @@ from dpsgd.privacy.planner import Budget, PlannedRun
 __all__ = ["draw"]
 
 
-def draw(budget: Budget, runs: Sequence[PlannedRun], path: Path) -> None:
-    """Draws a line for each batch size, with the noise multiplier at each run.
+def draw(budget: Budget, runs: Sequence[PlannedRun]) -> bytes:
+    """Returns a PNG: a line for each batch size, the noise multiplier at each run.
 
     Args:
         budget: What all runs spend.
         runs: Sorted by batch size, then by steps.
-        path: PNG file to write.
     """
     figure = Figure(figsize=(7.5, 5.0), layout="constrained")
     FigureCanvasAgg(figure)
@@ -59,4 +58,6 @@ def draw(budget: Budget, runs: Sequence[PlannedRun], path: Path) -> None:
     axes.margins(x=0.12)
     axes.grid(which="both", linewidth=0.3, alpha=0.5)
     axes.legend(title="expected batch")
-    figure.savefig(path, dpi=150)
+    content = BytesIO()
+    figure.savefig(content, dpi=150, format="png")
+    return content.getvalue()

@@ -84,7 +84,7 @@ def _run(arguments: argparse.Namespace) -> None:
         # matplotlib takes a second to import, which only a picture is worth.
         from dpsgd.cli.privacy.picture import draw
 
-        draw(budget, runs, arguments.plot)
+        _write_plot(arguments.plot, draw(budget, runs))
 
 
 def _check_plot(path: Path) -> None:
@@ -95,6 +95,25 @@ def _check_plot(path: Path) -> None:
         raise ConfigError(fault("plot", path, "exists already", "take another name"))
     if not path.absolute().parent.is_dir():
         raise ConfigError(fault("plot", path, "has no folder", "create its folder"))
+
+
+def _write_plot(path: Path, content: bytes) -> None:
+    """Writes a file that was not there, whole or not at all.
+
+    Raises:
+        ConfigError: It is there by now, or cannot be written.
+    """
+    try:
+        with path.open("xb") as file:
+            try:
+                file.write(content)
+                file.flush()
+            except OSError:
+                path.unlink()
+                raise
+    except OSError as error:
+        rule = f"cannot be written ({error.strerror})"
+        raise ConfigError(fault("plot", path, rule, "take another place")) from error
 
 
 def _budget(arguments: argparse.Namespace) -> Budget:
