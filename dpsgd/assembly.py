@@ -127,7 +127,12 @@ def assemble(
 
 
 def load_network(
-    config: Config, splits: DataSplits, params: Params, device: torch.device
+    config: Config,
+    splits: DataSplits,
+    params: Params,
+    device: torch.device,
+    *,
+    name: str = "weights",
 ) -> tuple[nn.Module, tuple[str, ...]]:
     """Returns the network that fits given weights, and the names of its outputs.
 
@@ -136,13 +141,15 @@ def load_network(
         splits: Its data.
         params: Weights, whose shapes must be the network's.
         device: Where the network shall be.
+        name: What the weights are, for messages.
 
     Raises:
         UserError: Settings, data and weights do not fit together.
     """
     facts = with_classes(config, facts_of(config, splits))
     model = _network(config, facts, splits)
-    check_shapes("weights", params, model.state_dict())
+    remedy = "use the network that the run began with, and data of its classes"
+    check_shapes(name, params, model.state_dict(), remedy=remedy)
     return model.to(device), facts.class_names
 
 

@@ -135,7 +135,11 @@ class _Group(Mapping[str, Tensor]):
 
 
 def check_shapes(
-    group: str, saved: Mapping[str, Tensor], present: Mapping[str, Tensor]
+    group: str,
+    saved: Mapping[str, Tensor],
+    present: Mapping[str, Tensor],
+    *,
+    remedy: str = "use the network that the run began with",
 ) -> None:
     """Raises if saved leaves are not the network's.
 
@@ -143,13 +147,13 @@ def check_shapes(
         group: What they are, for the message.
         saved: Leaves of a checkpoint or of weights.
         present: Those of the network.
+        remedy: What to do about it, for the message.
 
     Raises:
         CheckpointError: One line for each leaf that is not there, or of another shape.
     """
     lines = differences(_shapes(saved), _shapes(present), f"{group}.")
     if lines:
-        remedy = "use the network that the run began with"
         raise CheckpointError("\n".join(f"{line}; {remedy}" for line in lines))
 
 

@@ -98,7 +98,9 @@ def _run(arguments: argparse.Namespace) -> int:
     twin = None
     if arguments.twin is not None:
         settings = _config(arguments.twin, arguments.overrides)
-        twin = _measure(arguments.twin, settings, splits, arguments.weights)
+        twin = _measure(
+            arguments.twin, settings, splits, arguments.weights, name="twin"
+        )
     if arguments.json:
         print(to_json(_facts(config, mine, twin), indent=2))
     else:
@@ -114,13 +116,18 @@ def _config(run_dir: Path, overrides: Sequence[str]) -> Config:
 
 
 def _measure(
-    run_dir: Path, config: Config, splits: DataSplits, weights: str | None
+    run_dir: Path,
+    config: Config,
+    splits: DataSplits,
+    weights: str | None,
+    *,
+    name: str = "weights",
 ) -> _Measured:
     """Measures one run on a test set."""
     weights = weights or ("last" if config.ema.decay is None else "ema")
     params, facts = run_weights(RunDirectory(run_dir), weights, field="--weights")
     device = choose_device(config.runtime.device)
-    model, names = load_network(config, splits, params, device)
+    model, names = load_network(config, splits, params, device, name=name)
     measure = evaluator(config, splits, model, names, device)
     result = measure({name: leaf.to(device) for name, leaf in params.items()})
     return _Measured(path=run_dir, weights=weights, facts=facts, result=result)
