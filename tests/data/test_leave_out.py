@@ -1,9 +1,7 @@
 """What is left of a set is as it was, and what was not finished is not there."""
 
 import dataclasses
-import resource
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import pyarrow.parquet
 import pytest
 from made_up_images import write_images
 from small_runs import write_parquet
+from unwilling_disks import full_disk
 
 from dpsgd.data import leave_out, open_source
 from dpsgd.data.files import EncodedImage
@@ -43,17 +42,6 @@ def tables(tmp_path: Path) -> ImageSource:
             compression=CODECS,
         )
     return open_source(str(folder))
-
-
-@contextmanager
-def full_disk(limit: int) -> Iterator[None]:
-    """No file can have more bytes than this."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def contents(source: ImageSource) -> list[bytes]:
