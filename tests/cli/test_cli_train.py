@@ -14,6 +14,9 @@ from small_runs import (
 )
 
 from dpsgd.config import load_config
+from dpsgd.data import Store
+from dpsgd.data.store import StoreWriter
+from dpsgd.errors import DataError
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +102,19 @@ def test_the_plan_is_left_for_readers_of_an_unfinished_run(
     assert plan["num_examples"] == 1437
     assert plan["num_parameters"] == 78_650
     assert plan["seeded"] is True
+
+
+def test_a_run_is_not_taken_for_an_unfinished_store(
+    finished: tuple[Path, str],
+) -> None:
+    run, _ = finished
+    with pytest.raises(DataError, match="is not a store; make one of your images"):
+        Store(run)
+    with (
+        pytest.raises(DataError, match="is there already and is not a store; name"),
+        StoreWriter(run, {"source": "images"}),
+    ):
+        pass
 
 
 def test_the_config_in_the_run_directory_reads_back_equal(

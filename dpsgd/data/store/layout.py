@@ -28,6 +28,7 @@ __all__ = [
     "RECORDS",
     "Manifest",
     "digest_of",
+    "read_plan",
     "shard_name",
     "write_whole",
 ]
@@ -96,6 +97,22 @@ def digest_of(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
+def read_plan(folder: Path) -> dict[str, Any] | None:
+    """Returns what an unfinished store is made of; None if the folder is not one.
+
+    Training runs have a file of the same name.
+
+    Raises:
+        OSError: The file is there and cannot be read.
+    """
+    try:
+        plan = json.loads((folder / PLAN).read_bytes())
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, ValueError):
+        return None
+    is_plan = isinstance(plan, dict) and {"format", "source"} <= plan.keys()
+    return plan if is_plan else None
+
+
 def shard_name(number: int) -> str:
     """Returns the file name of one shard, counted from 0."""
     return f"shard-{number:05d}.bin"
@@ -108,8 +125,12 @@ def write_whole(path: Path, content: bytes) -> None:
         OSError: The disk is full or refuses.
     """
     temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise

@@ -20,6 +20,7 @@ from dpsgd.data.store.layout import (
     RECORDS,
     Manifest,
     digest_of,
+    read_plan,
     shard_name,
 )
 from dpsgd.errors import DataError, fault
@@ -142,7 +143,12 @@ class Store:
 
     def _missing(self) -> DataError:
         """Returns the error for a folder without manifest."""
-        if (self.path / PLAN).exists():
+        try:
+            plan = read_plan(self.path)
+        except OSError as error:
+            rule = f"{PLAN} cannot be read ({error.strerror})"
+            return self._fault(rule, "give access to it")
+        if plan is not None:
             remedy = "go on with the bin/dpsgd-prepare that began it"
             return self._fault("is not finished", remedy)
         remedy = "make one of your images with bin/dpsgd-prepare"

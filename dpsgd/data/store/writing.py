@@ -1,12 +1,13 @@
 """A store in the making: whole after every batch, whenever the process is killed."""
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import zlib
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,6 +22,7 @@ from dpsgd.data.store.layout import (
     RECORD,
     RECORDS,
     Manifest,
+    read_plan,
     shard_name,
     write_whole,
 )
@@ -48,7 +50,7 @@ class StoreWriter:
 
     Raises:
         DataError: On entering: the store is finished, is no store, has another plan,
-            or is being written by another process.
+            is being written by another process, or cannot be written.
     """
 
     def __init__(self, path: Path, plan: Mapping[str, Any]) -> None:
@@ -58,8 +60,8 @@ class StoreWriter:
         self._shard, self._end = 0, 0  # where the next image goes
 
     def __enter__(self) -> Self:
-        self._begin()
-        with ExitStack() as held:
+        with ExitStack() as held, self._writing():
+            self._begin()
             file = held.enter_context((self._path / PLAN).open())
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -88,15 +90,10 @@ class StoreWriter:
         Raises:
             DataError: The disk is full; what was added before is kept.
         """
-        try:
+        with self._writing():
             records = self._append(images)
             with (self._path / JOURNAL).open("ab") as file:
                 _write(file, records.tobytes())
-        except OSError as error:
-            rule = f"cannot be written ({error.strerror})"
-            raise self._fault(rule, "make room, and go on with the same command") from (
-                error
-            )
         self.position += len(records)
 
     def finish(
@@ -111,7 +108,20 @@ class StoreWriter:
             class_names: In label order; empty if none are declared.
             options: How images were resized.
             skipped: The images left out, by name and index.
+
+        Raises:
+            DataError: The disk is full; all that was added is kept.
         """
+        with self._writing():
+            self._finish(class_names, options, skipped)
+
+    def _finish(
+        self,
+        class_names: Sequence[str],
+        options: Mapping[str, Any],
+        skipped: Sequence[Mapping[str, Any]],
+    ) -> None:
+        """Writes the index and the manifest, and removes what is of use no more."""
         journal = self._read_journal()
         records = journal[journal["length"] > 0]
         content = records.tobytes()
@@ -130,18 +140,19 @@ class StoreWriter:
 
     def _begin(self) -> None:
         """Writes the plan, or compares it with that of what is there."""
-        path = self._path / PLAN
-        if (self._path / MANIFEST).exists():
+        path = self._path
+        if (path / MANIFEST).exists():
             rule = "is finished, and nothing is overwritten"
             raise self._fault(rule, "name another folder")
-        if path.exists():
-            self._compare(json.loads(path.read_text()))
+        begun = read_plan(path)
+        if begun is not None:
+            self._compare(begun)
             return
-        if self._path.exists() and any(self._path.iterdir()):
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
             rule = "is there already and is not a store"
             raise self._fault(rule, "name a folder that is new or empty")
-        self._path.mkdir(parents=True, exist_ok=True)
-        write_whole(path, json.dumps(self._plan).encode())
+        path.mkdir(parents=True, exist_ok=True)
+        write_whole(path / PLAN, json.dumps(self._plan).encode())
 
     def _compare(self, begun: Mapping[str, Any]) -> None:
         """Refuses to go on with anything but what was begun."""
@@ -195,6 +206,19 @@ class StoreWriter:
             with (self._path / shard_name(number)).open("ab") as file:
                 _write(file, b"".join(parts))
         return records
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Turns what a full or locked disk raises into a DataError."""
+        try:
+            yield
+        except OSError as error:
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+            rule = f"cannot be written ({error.strerror})"
+            remedy = "make room, and go on with the same command"
+            if not full:
+                remedy = "give access to it, or name another folder"
+            raise self._fault(rule, remedy) from error
 
     def _fault(self, rule: str, remedy: str) -> DataError:
         """Returns the error that names the store."""
