@@ -1,8 +1,9 @@
 from pathlib import Path
 
 import pytest
-from made_up_images import damage, write_images
+from made_up_images import damage, make_store, write_images
 from small_runs import command
+from unwilling_disks import lock
 
 from dpsgd.cli import prepare
 from dpsgd.data import Store
@@ -64,6 +65,19 @@ def test_faults_are_told_with_code_2(
 
     assert code == 2
     assert message in text
+
+
+def test_a_shard_that_is_locked_is_not_called_damaged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = make_store(tmp_path / "store", 7).path
+    lock(monkeypatch, store / "shard-00000.bin", "open")
+
+    assert told(capsys, "--verify", store) == (
+        2,
+        f"--verify={store}: shard-00000.bin cannot be read (Permission denied); "
+        "give access to it, or copy the store again\n",
+    )
 
 
 def test_the_command_of_bin_runs() -> None:

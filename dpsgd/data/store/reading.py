@@ -85,7 +85,7 @@ class Store:
             index: In [0, N).
 
         Raises:
-            DataError: Its bytes are not those that were written.
+            DataError: Its bytes are not those that were written, or cannot be read.
         """
         record = self._records[index]
         start, length = int(record["offset"]), int(record["length"])
@@ -104,12 +104,17 @@ class Store:
 
         Args:
             on_image: Called after each.
+
+        Raises:
+            DataError: A shard cannot be opened.
         """
         return list(self._damaged(on_image))
 
     def _damaged(self, on_image: Callable[[], object]) -> Iterator[int]:
         """Yields the indices of images whose bytes have another checksum."""
         for index in range(len(self)):
+            # One that cannot be opened is not an image that is damaged.
+            self._shard(int(self._records["shard"][index]))
             try:
                 self.read(index)
             except DataError:
@@ -119,8 +124,14 @@ class Store:
     def _shard(self, number: int) -> mmap.mmap:
         """Returns one shard, mapped into memory when it is first used."""
         if number not in self._shards:
-            with (self.path / shard_name(number)).open("rb") as file:
-                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            name = shard_name(number)
+            try:
+                with (self.path / name).open("rb") as file:
+                    mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            except OSError as error:
+                rule = f"{name} cannot be read ({error.strerror})"
+                remedy = "give access to it, or copy the store again"
+                raise self._fault(rule, remedy) from error
             self._shards[number] = mapped
         return self._shards[number]
 
