@@ -30,6 +30,7 @@ from dpsgd.data.dataset import (
 from dpsgd.data.facts import PublicFacts, declared_num_examples, published_facts
 from dpsgd.data.labels import check_labels
 from dpsgd.data.leave_out import leave_out
+from dpsgd.data.new_folder import new_folder, told_of_writing
 from dpsgd.data.overlap import FRAMINGS, Framing, Matches, find_matches
 from dpsgd.data.overlap_report import Overlap, OverlapReport, PublicImage
 from dpsgd.data.sampling import Microbatch, PoissonSampler, microbatches
@@ -84,11 +85,13 @@ __all__ = [
     "make_views",
     "microbatches",
     "mislabelled",
+    "new_folder",
     "normalize",
     "num_decode_workers",
     "open_source",
     "prepare",
     "published_facts",
     "require_room",
+    "told_of_writing",
     "upload",
 ]

@@ -6,18 +6,15 @@ set stays what it is when the old one is moved or changed, as parquet files do. 
 that could be compared fits into memory, so that copies are no burden.
 """
 
-import errno
 import json
-import os
-import shutil
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dpsgd.data.new_folder import new_folder, told_of_writing
 from dpsgd.data.parquet import reading
 from dpsgd.data.store.sources import ImageSource
 from dpsgd.errors import DataError, fault
@@ -51,8 +48,9 @@ def leave_out(
     kept = np.ones(len(source), np.bool_)
     kept[list(rows)] = False
     _check_remains(source, kept)
-    _check_new(source, folder)
-    with _whole(folder) as partial:
+    _check_outside(source, folder)
+    told = told_of_writing(folder, field=_FIELD)
+    with new_folder(folder, field=_FIELD) as partial, told:
         copy = _copy_images if source.is_folder else _copy_parquet
         copy(source, kept, partial)
         (partial / NOTE).write_text(json.dumps(note, indent=1), encoding="utf-8")
@@ -72,56 +70,13 @@ def _check_remains(source: ImageSource, kept: NDArray[np.bool_]) -> None:
         raise DataError(fault("PUBLIC", source.root, rule, remedy))
 
 
-def _check_new(source: ImageSource, folder: Path) -> None:
-    """Raises if writing a folder would change something that is there."""
-    partial = _partial(folder)
-    if os.path.lexists(folder):
-        rule = "is there already, and nothing is overwritten"
-        raise DataError(fault(_FIELD, folder, rule, "name another folder"))
-    if os.path.lexists(partial):
-        rule = f"was begun in {partial}, which is still written or was left half done"
-        raise DataError(fault(_FIELD, folder, rule, "remove that, or name another"))
+def _check_outside(source: ImageSource, folder: Path) -> None:
+    """Raises if a folder would become a part of the set."""
     # Parquet files of one folder are found beside each other, not deeper.
     is_deep = any(path.parent != source.root for path in source.files)
     if is_deep and folder.resolve().is_relative_to(source.root.resolve()):
         rule = "lies inside PUBLIC, and would be taken for a part of it"
         raise DataError(fault(_FIELD, folder, rule, "name a folder outside"))
-
-
-def _partial(folder: Path) -> Path:
-    """Returns the name that a folder has until it is whole."""
-    return folder.with_name(f"{folder.name}.part")
-
-
-@contextmanager
-def _whole(folder: Path) -> Iterator[Path]:
-    """Yields a folder that is renamed when all is written, and removed if not."""
-    partial = _partial(folder)
-    with _writing(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial.mkdir()
-        try:
-            yield partial
-            os.sync()  # or a crash might leave the name without what it names
-            partial.rename(folder)
-        except BaseException:
-            # A file that will not go must not hide what happened.
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-
-
-@contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    """Turns what a full or locked disk raises into a DataError."""
-    try:
-        yield
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        reason = os.strerror(error.errno) if error.errno else str(error)
-        rule = "the disk is full" if full else f"cannot be written ({reason})"
-        remedy = "make room" if full else "give access to it"
-        remedy += ", or name a folder elsewhere; nothing was left"
-        raise DataError(fault(_FIELD, folder, rule, remedy)) from error
 
 
 def _copy_images(source: ImageSource, kept: NDArray[np.bool_], folder: Path) -> None:
