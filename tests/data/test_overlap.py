@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
+from unwilling_disks import full_disk, lock
 
 from dpsgd.cli import data
 from dpsgd.data import FRAMINGS, Framing, Overlap, find_matches, open_source
@@ -242,11 +243,18 @@ def test_what_is_left_out_is_what_was_found(tmp_path: Path) -> None:
     assert Path(pair["public"]).name == found[1]
 
 
-def test_the_threshold_is_the_best_score_of_the_control(tmp_path: Path) -> None:
-    paths = [
+@pytest.fixture
+def paths(tmp_path: Path) -> list[str]:
+    """Two sets of a few images."""
+    return [
         str(written(tmp_path / name, squashed(photographs(12, 48, 48, seed=seed))))
         for name, seed in (("public", 8), ("private", 9))
     ]
+
+
+def test_the_threshold_is_the_best_score_of_the_control(
+    paths: list[str], tmp_path: Path
+) -> None:
     out = tmp_path / "report"
     assert data.main(["overlap", *paths, "--control", "6", "--out", str(out)]) == 0
     facts = json.loads((out / "overlap.json").read_text())
@@ -258,6 +266,56 @@ def test_the_threshold_is_the_best_score_of_the_control(tmp_path: Path) -> None:
 
     assert facts["control"] == 6
     assert facts["threshold"] == pytest.approx(float(control.scores.max()), abs=1e-5)
+
+
+def test_a_locked_place_is_told_before_anything_is_compared(
+    paths: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    lock(monkeypatch, tmp_path / "locked", "mkdir")
+    monkeypatch.setattr("dpsgd.cli.data.overlap.load_images", None)
+    for name, reason in (
+        ("locked", "Permission denied"),
+        ("file", "Not a directory"),
+    ):
+        out = tmp_path / name / "report"
+        assert data.main(["overlap", *paths, "--out", str(out)]) == 2
+        assert capsys.readouterr().err == (
+            f"--out={out}: cannot be written ({reason}); give access to it, "
+            "or name a folder elsewhere; nothing was left\n"
+        )
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("limit", [300, 6000])  # not even the pairs, not the pictures
+def test_a_full_disk_leaves_no_report(
+    paths: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], limit: int
+) -> None:
+    before, out = sorted(tmp_path.rglob("*")), tmp_path / "new" / "report"
+    arguments = ["overlap", *paths, "--out", str(out)]
+    with full_disk(limit):
+        assert data.main(arguments) == 2
+    assert capsys.readouterr().err == (
+        f"--out={out}: the disk is full; make room, or name a folder elsewhere; "
+        "nothing was left\n"
+    )
+    assert sorted(tmp_path.rglob("*")) == before
+
+    assert data.main(arguments) == 0
+    sizes = {path.name: path.stat().st_size for path in out.iterdir()}
+    assert 300 < sizes["overlap.json"] <= 6000 < sizes["overlap.png"]
+    assert (out / "overlap.json").stat().st_mode & 0o077 == 0
+
+
+def test_a_search_that_fails_leaves_no_folder(paths: list[str], tmp_path: Path) -> None:
+    before, out = sorted(tmp_path.rglob("*")), tmp_path / "new" / "report"
+    arguments = [paths[0], str(tmp_path / "absent"), "--out", str(out)]
+
+    assert data.main(["overlap", *arguments]) == 2
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,11 @@
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from torch import Tensor
 
-from dpsgd.checkpoint import write_atomically
 from dpsgd.cli.errors import Commands, UsageParser
 from dpsgd.data import (
     FRAMINGS,
@@ -16,20 +15,27 @@ from dpsgd.data import (
     Overlap,
     find_matches,
     load_images,
+    new_folder,
     open_source,
+    told_of_writing,
 )
-from dpsgd.errors import ConfigError, fault
 from dpsgd.report import facts_table, to_json
+
+if TYPE_CHECKING:
+    import PIL.Image
 
 __all__ = ["add_to"]
 
 _PAIRS_SHOWN = 100
+_FACTS, _SHEET = "overlap.json", "overlap.png"
+_OWNER_ONLY = 0o600
 _EPILOG = """\
 One set may squash whole photographs into squares where the other crops their centre, so
 central crops of the images of one set are compared with those of the other, mirrored
 too. The score is the correlation of fine detail. The threshold is the best score that
 public images reach upside down, where no match is a duplicate. DIR gets overlap.json,
 with every pair above it, and overlap.png, with the best pairs side by side: look at it.
+It has the name DIR.part until they are whole.
 Pairs are numbered from 1 as the sheet has them, ten in a line; overlap.json also has
 those that it shows below the threshold. `leave-out` acts on what was found.
 """
@@ -77,12 +83,23 @@ def add_to(commands: "Commands[UsageParser]") -> None:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    """Searches, and leaves the report."""
+    """Makes the folder of the report, then searches."""
     folder: Path = arguments.out
-    if folder.exists():
-        rule = "is there already, and nothing is overwritten"
-        raise ConfigError(fault("--out", folder, rule, "name another folder"))
     console = Console(markup=False, emoji=False, highlight=False)
+    with new_folder(folder, field="--out") as partial:
+        facts, sheet = _compared(console, arguments)
+        with told_of_writing(folder, field="--out"):
+            (partial / _FACTS).touch(_OWNER_ONLY)
+            (partial / _FACTS).write_text(to_json(facts, indent=1), encoding="utf-8")
+            sheet.save(partial / _SHEET, optimize=True)
+    _show(console, facts)
+    console.print(f"pairs and pictures: {folder}", soft_wrap=True)
+
+
+def _compared(
+    console: Console, arguments: argparse.Namespace
+) -> tuple[dict[str, Any], "PIL.Image.Image"]:
+    """Returns what the report says, and the pairs side by side."""
     fingerprint = open_source(arguments.public, field="PUBLIC").content_sha256()
     public, public_places = load_images("PUBLIC", arguments.public)
     private, private_places = load_images("PRIVATE", arguments.private)
@@ -101,11 +118,7 @@ def _run(arguments: argparse.Namespace) -> None:
         "below": pairs[num_found:],
     }
     sheet = overlap.contact_sheet(public.images, private.images, most=_PAIRS_SHOWN)
-    folder.mkdir(parents=True)
-    write_atomically(folder / "overlap.json", to_json(facts, indent=1).encode())
-    sheet.save(folder / "overlap.png", optimize=True)
-    _show(console, facts)
-    console.print(f"pairs and pictures: {folder}", soft_wrap=True)
+    return facts, sheet
 
 
 def _searched(
