@@ -86,6 +86,9 @@ def slurm(content: Any) -> tuple[dict[str, str], list[str]]:
         elif name in _OURS:
             rule = "is decided by the sweep"
             faults.append(fault(f"slurm.{name}", value, rule, "remove it"))
+        elif value is None or isinstance(value, list | Mapping):
+            rule, remedy = "must be one value", "write it like {gpus: 1}"
+            faults.append(fault(f"slurm.{name}", value, rule, remedy))
     return {str(name): str(value) for name, value in content.items()}, faults
 
 

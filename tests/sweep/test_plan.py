@@ -154,6 +154,14 @@ def test_names_of_folders_are_safe(sweep_file: Write) -> None:
             {"grid": {"train.seed": [1]}, "slurm": {"time": "1\n#SBATCH -x"}},
             r"slurm\.time=.*must be a long option",
         ),
+        (
+            {"grid": {"train.seed": [1]}, "slurm": {"gpus": [1]}},
+            r"slurm\.gpus=\['1'\]: must be one value; write it like \{gpus: 1\}$",
+        ),
+        (
+            {"grid": {"train.seed": [1]}, "slurm": {"gpus": {"a": 1}, "time": None}},
+            r"slurm\.gpus=\{'a': '1'\}: must be.*\nslurm\.time=null: must be one value",
+        ),
         ({"grid": {"train.seed": [1]}, "config": None}, "config=null: must name the"),
         ({"grid": {"train.seed": [1]}, "config": "no.yaml"}, r"no\.yaml: cannot be"),
     ],
