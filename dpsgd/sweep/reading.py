@@ -57,10 +57,27 @@ def entries(content: Any) -> tuple[list[Settings], list[str]]:
         return [], [fault("list", content, rule, "begin each entry with a dash")]
     read = [settings(entry, f"list[{place}]") for place, entry in enumerate(content)]
     faults = [line for _, lines in read for line in lines]
-    names = [entry.get(NAME) for entry, _ in read]
-    if any(names) and not all(isinstance(name, str) for name in names):
-        faults.append(fault("list", names, "some entries have a name", "name them all"))
-    return [entry for entry, _ in read], faults
+    found = [entry for entry, _ in read]
+    return found, faults + _misnamed(found)
+
+
+def _misnamed(found: list[Settings]) -> list[str]:
+    """Returns a fault for every name that does not tell one entry from the others."""
+    names = [entry.get(NAME) for entry in found]
+    if not any(NAME in entry for entry in found):
+        return []
+    if not all(isinstance(name, str) and name.strip() for name in names):
+        return [fault("list", names, "some entries have a name", "name them all")]
+    first: dict[str, int] = {}
+    faults = []
+    for place, name in enumerate(names):
+        shown = " ".join(str(name).split())  # as tables show it
+        if shown in first:
+            rule = f"is the name of list[{first[shown]}], too"
+            remedy = "give each entry a name of its own"
+            faults.append(fault(f"list[{place}].{NAME}", shown, rule, remedy))
+        first.setdefault(shown, place)
+    return faults
 
 
 def jobs(content: Any) -> tuple[int, list[str]]:

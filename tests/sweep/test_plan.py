@@ -10,6 +10,7 @@ from dpsgd.errors import ConfigError
 from dpsgd.sweep.plan import SweepPlan, read_sweep
 
 Write = Callable[..., Path]
+TWICE = ["a b", "ab", "a  b"]  # of which tables show two alike
 
 
 def test_a_grid_is_all_combinations_in_order(plan: SweepPlan) -> None:
@@ -131,6 +132,14 @@ def test_names_of_folders_are_safe(sweep_file: Write) -> None:
         (
             {"list": [{"name": "a", "train.seed": 1}, {"train.seed": 2}]},
             "some entries have a name; name them all",
+        ),
+        (
+            {"list": [{"name": None, "train.seed": 1}]},
+            "some entries have a name; name them all",
+        ),
+        (
+            {"list": [{"name": n, "train.seed": s} for s, n in enumerate(TWICE)]},
+            r"^list\[2\]\.name=a b: is the name of list\[0\], too; give each .* own$",
         ),
         (
             {"grid": {"train.seed": [1]}, "set": {"train.seed": 2}},
