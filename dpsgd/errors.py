@@ -5,7 +5,9 @@ reader sees what was given, why it is refused and what to do about it.
 """
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 __all__ = [
     "BudgetExceededError",
@@ -16,6 +18,7 @@ __all__ = [
     "UserError",
     "did_you_mean",
     "fault",
+    "readable",
 ]
 
 
@@ -69,3 +72,21 @@ def did_you_mean(
     """
     near = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
     return f"did you mean `{prefix}{near[0]}`?" if near else otherwise
+
+
+@contextmanager
+def readable(field: str, path: Path) -> Iterator[None]:
+    """Turns what a file or folder raises that may not be read into a UserError.
+
+    Args:
+        field: What named it.
+        path: The file or folder.
+
+    Raises:
+        UserError: The system refuses to read it.
+    """
+    try:
+        yield
+    except OSError as error:
+        rule = f"cannot be read ({error.strerror})"
+        raise UserError(fault(field, path, rule, "give access to it")) from error

@@ -1,4 +1,7 @@
+from pathlib import Path
+
 import pytest
+from unwilling_disks import refused
 
 from dpsgd import errors
 
@@ -29,3 +32,9 @@ def test_the_nearest_name_is_asked_for(name: object, remedy: str) -> None:
 
     asked = errors.did_you_mean(name, names, otherwise="choose one", prefix="schedule.")
     assert asked == remedy
+
+
+def test_what_the_system_refuses_is_told_with_its_reason() -> None:
+    told = r"^run=a: cannot be read \(Permission denied\); give access to it$"
+    with pytest.raises(errors.UserError, match=told), errors.readable("run", Path("a")):
+        refused()

@@ -6,7 +6,7 @@ import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
@@ -22,13 +22,18 @@ def full_disk(limit: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+def refused(*_arguments: Any, **_options: Any) -> NoReturn:
+    """Stands in for a call that needs a permission that is not given."""
+    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+
 def lock(monkeypatch: pytest.MonkeyPatch, place: Path, method: str) -> None:
     """Has a method of `Path` refused at a place and below it."""
     own = getattr(Path, method)
 
     def locked(path: Path, *arguments: Any, **options: Any) -> Any:
         if path.is_relative_to(place):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            refused()
         return own(path, *arguments, **options)
 
     monkeypatch.setattr(Path, method, locked)
