@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from dpsgd.cli.errors import UsageParser, exit_code
-from dpsgd.errors import ConfigError, fault
+from dpsgd.errors import ConfigError, fault, readable
 from dpsgd.report import (
     OwnFiles,
     RunDirectory,
@@ -71,7 +71,9 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _check_output(output: Path, run_dirs: Sequence[Path]) -> None:
     """Raises ConfigError if the report would replace that of a run it is not of."""
-    if not RunDirectory(output).config.exists():
+    with readable("--output", output):
+        holds_run = RunDirectory(output).config.exists()
+    if not holds_run:
         return
     if [path.resolve() for path in run_dirs] != [output.resolve()]:
         rule = "is the folder of a run, where only the report of that run alone belongs"

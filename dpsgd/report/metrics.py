@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, TextIO, cast
 
-from dpsgd.errors import UserError, fault
+from dpsgd.errors import UserError, fault, readable
 
 __all__ = ["MetricsWriter", "last_evaluated_step", "read_metrics", "to_json"]
 
@@ -28,7 +28,7 @@ class MetricsWriter:
             dropped, because the run repeats them.
 
     Raises:
-        UserError: The file cannot be written.
+        UserError: The file cannot be read or written.
     """
 
     def __init__(self, path: Path, *, from_step: int = 0) -> None:
@@ -64,11 +64,15 @@ class MetricsWriter:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Returns the records of a file; a last line that was cut short is left out."""
-    if not path.exists():
-        return []
+    """Returns the records of a file; a last line that was cut short is left out.
+
+    Raises:
+        UserError: The file is there and cannot be read.
+    """
+    with readable("metrics", path):
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in text.splitlines():
         try:
             records.append(json.loads(line))
         except json.JSONDecodeError:

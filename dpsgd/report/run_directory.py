@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from dpsgd.errors import ConfigError, fault
+from dpsgd.errors import ConfigError, fault, readable
 
 __all__ = ["FORMAT", "RunDirectory", "default_run_directory", "environment"]
 
@@ -87,8 +87,10 @@ class RunDirectory:
 
         Raises:
             ConfigError: Another process does.
+            UserError: The folder cannot be read.
         """
-        folder = os.open(self.path, os.O_RDONLY)
+        with readable("run_dir", self.path):
+            folder = os.open(self.path, os.O_RDONLY)
         try:
             self._lock(folder)
             yield
@@ -116,8 +118,15 @@ class RunDirectory:
             return True
 
     def require(self) -> None:
-        """Raises ConfigError unless the folder holds a run, and not an audited one."""
-        if not self.config.is_file():
+        """Raises unless the folder holds a run, and not an audited one.
+
+        Raises:
+            ConfigError: It holds none, or an audit.
+            UserError: It cannot be read.
+        """
+        with readable("run_dir", self.path):
+            holds_run = self.config.is_file()
+        if not holds_run:
             rule = "holds no run (config.yaml is missing)"
             remedy = "name the folder that bin/dpsgd-train made"
             raise ConfigError(fault("run_dir", self.path, rule, remedy))
@@ -137,9 +146,15 @@ class RunDirectory:
         return isinstance(report, dict) and "canaries" in report
 
     def newest_checkpoint(self) -> int | None:
-        """Returns the step of the newest checkpoint, None without any."""
-        paths = self.checkpoints.glob("step-*")
-        found = [_CHECKPOINT.fullmatch(path.name) for path in paths]
+        """Returns the step of the newest checkpoint, None without any.
+
+        Raises:
+            UserError: The folder of checkpoints is there and cannot be read.
+        """
+        with readable("run_dir", self.checkpoints):  # what a glob finds empty
+            there = self.checkpoints.is_dir()
+            names = os.listdir(self.checkpoints) if there else []
+        found = [_CHECKPOINT.fullmatch(name) for name in names]
         return max((int(name[1]) for name in found if name), default=None)
 
 

@@ -239,6 +239,7 @@ def read_run(path: Path) -> RunRecord:
     Raises:
         ConfigError: It holds no run or an audit, a file of it is damaged, or it was
             written by a newer version of dpsgd.
+        UserError: It cannot be read.
     """
     directory = RunDirectory(path)
     directory.require()

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 from made_up_runs import result, write_run
 from small_runs import command
+from unwilling_disks import lock
 
 from dpsgd.cli import report
 
@@ -76,6 +77,20 @@ def test_no_report_goes_into_the_folder_of_another_run(
     now = {path: path.read_bytes() for path in other.rglob("*") if path.is_file()}
     assert now == left
     assert report.main([str(other), "--output", f"{run}/../other"]) == 0  # its own
+
+
+def test_what_cannot_be_read_is_told(
+    run: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    closed = tmp_path / "closed"
+    lock(monkeypatch, closed, "stat")
+    told_why = "cannot be read (Permission denied); give access to it"
+
+    assert told(capsys, closed) == f"run_dir={closed}: {told_why}"
+    assert told(capsys, run, "--output", closed) == f"--output={closed}: {told_why}"
 
 
 def test_faults_are_told_in_one_line(

@@ -128,6 +128,15 @@ def test_a_file_that_cannot_be_written_is_a_users_fault(tmp_path: Path) -> None:
         writer.write({"step": 1})
 
 
+def test_a_file_that_cannot_be_read_is_a_users_fault(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.mkdir()
+
+    told = r"metrics=.*: cannot be read \(Is a directory\); give access to it$"
+    with pytest.raises(UserError, match=told):
+        read_metrics(path)
+
+
 def test_json_is_strict() -> None:
     assert to_json({"a": [float("-inf"), {"b": float("nan")}, 1]}) == (
         '{"a": [null, {"b": null}, 1]}'

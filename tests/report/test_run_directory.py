@@ -3,8 +3,9 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
+from unwilling_disks import refused
 
-from dpsgd.errors import ConfigError
+from dpsgd.errors import ConfigError, UserError
 from dpsgd.report import RunDirectory, default_run_directory, environment, to_json
 
 
@@ -51,6 +52,27 @@ def test_a_folder_with_an_audit_is_told_by_either_file(
 
     (tmp_path / name).write_text('{"canaries": {}}')
     with pytest.raises(ConfigError, match=r"run_dir=.*: holds an audit, .*; name"):
+        RunDirectory(tmp_path).require()
+
+
+def test_a_folder_that_cannot_be_entered_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    RunDirectory(tmp_path).create({})
+    told = r"^run_dir=.*: cannot be read \(Permission denied\); give access to it$"
+    monkeypatch.setattr("os.open", refused)
+    with pytest.raises(UserError, match=told), RunDirectory(tmp_path).locked():
+        raise AssertionError("locked")
+    with pytest.raises(UserError, match=told):
+        RunDirectory(tmp_path).is_locked()
+
+    RunDirectory(tmp_path).checkpoints.mkdir()
+    monkeypatch.setattr("os.listdir", refused)
+    with pytest.raises(UserError, match=told):
+        RunDirectory(tmp_path).newest_checkpoint()
+
+    monkeypatch.setattr(Path, "stat", refused)
+    with pytest.raises(UserError, match=told):
         RunDirectory(tmp_path).require()
 
 
