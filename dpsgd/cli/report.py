@@ -62,7 +62,7 @@ def _run(arguments: argparse.Namespace) -> int:
     runs = [read_run(path) for path in arguments.run_dirs]
     report = run_report(runs[0]) if len(runs) == 1 else comparison_report(runs)
     folder = arguments.output or _default_folder(arguments.run_dirs, datetime.now())
-    OwnFiles(folder).replace(report.contents())
+    OwnFiles(folder, option="--output").replace(report.contents())
     console = Console(markup=False, emoji=False)  # a path may hold [brackets]
     text = f"report: {folder / 'report.html'}"
     console.print(text, highlight=False, soft_wrap=True)

@@ -201,7 +201,7 @@ def _summarise(console: Console, folder: SweepFolder, plan: SweepPlan) -> int:
     """Writes tables and figures of what is there, and says what failed."""
     results = collect(folder, plan)
     contents = {**results.contents(), **sweep_report(results).contents()}
-    OwnFiles(folder.path).replace(contents)
+    OwnFiles(folder.path, option="--sweep-dir").replace(contents)
     if results.others:
         text = f"note: {len(results.others)} runs of other settings are left out"
         console.print(text)

@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from dpsgd.errors import ConfigError, fault
+from dpsgd.errors import ConfigError, fault, readable
 
 __all__ = ["OwnFiles"]
 
@@ -17,10 +17,12 @@ class OwnFiles:
 
     Args:
         folder: Where they are; made when they are written.
+        option: Of the command, by which another folder can be named.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, option: str) -> None:
         self._folder = folder
+        self._elsewhere = f"name another folder with {option}"
         self._list = folder / _LIST
 
     def replace(self, contents: Mapping[str, bytes]) -> None:
@@ -35,19 +37,19 @@ class OwnFiles:
 
         Raises:
             ConfigError: A file is not a report's own, or cannot be written.
+            UserError: What is there cannot be read.
         """
         known = self._known()
-        faults = [
-            fault(
-                "report",
-                self._folder / name,
-                "was not written by a report, or has been changed since",
-                "move it away, or name another folder with --output",
-            )
-            for name in contents
-            if self._stands_in_the_way(name, known.get(name, []))
-        ]
-        if faults:
+        with readable("report", self._folder):
+            in_the_way = [
+                self._folder / name
+                for name in contents
+                if self._stands_in_the_way(name, known.get(name, []))
+            ]
+        if in_the_way:
+            rule = "was not written by a report, or has been changed since"
+            remedy = f"move it away, or {self._elsewhere}"
+            faults = [fault("report", path, rule, remedy) for path in in_the_way]
             raise ConfigError("\n".join(faults))
         digests = {name: [_digest(content)] for name, content in contents.items()}
         both = {name: known.get(name, []) + new for name, new in digests.items()}
@@ -59,7 +61,7 @@ class OwnFiles:
             self._write_list({**known, **digests})
         except OSError as error:
             rule = f"cannot be written ({error.strerror})"
-            remedy = "give access to it, or name another folder with --output"
+            remedy = f"give access to it, or {self._elsewhere}"
             raise ConfigError(fault("report", self._folder, rule, remedy)) from error
 
     def _stands_in_the_way(self, name: str, digests: list[str]) -> bool:

@@ -225,6 +225,7 @@ def test_tables_that_a_user_has_changed_are_left(
 
     line = told(capsys, *arguments, "--summary")
     assert "results.md: was not written by a report, or has been changed" in line
+    assert line.endswith("move it away, or name another folder with --sweep-dir")
     assert (tmp_path / "sweep" / "results.md").read_text() == "annotated"
 
 
