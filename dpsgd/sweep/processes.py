@@ -99,6 +99,9 @@ def run_all(
         on_look: Told several times a second which runs have a process, by index, and
             in which slot.
         stop_requested: Asked as often.
+
+    Raises:
+        ConfigError: A log cannot be written.
     """
     waiting = list(runs)
     free = list(slots)
@@ -144,8 +147,15 @@ class _Process:
         self.run = run
         self.slot = slot
         self._folder = folder
-        self._output = folder.log(run).open("ab")
-        self._errors = folder.errors(run).open("wb")
+        try:
+            self._output = folder.log(run).open("ab")
+            self._errors = folder.errors(run).open("wb")
+        except OSError as error:
+            rule = f"cannot be written ({error.strerror})"
+            remedy = "give access to it, or name another folder"
+            raise ConfigError(
+                fault("--sweep-dir", folder.path, rule, remedy)
+            ) from error
         package = str(Path(dpsgd.__file__).resolve().parent.parent)
         path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
         unbuffered = {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}

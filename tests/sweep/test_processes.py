@@ -129,6 +129,16 @@ def test_logs_are_added_to_and_complaints_begin_anew(
     assert folder.errors(plan.runs[0]).read_text() == "err\n"
 
 
+def test_a_folder_that_takes_no_logs_is_told(
+    folder: SweepFolder, plan: SweepPlan
+) -> None:
+    folder.log(plan.runs[0]).mkdir()
+
+    told = r"--sweep-dir=.*: cannot be written \(Is a directory\); give access"
+    with pytest.raises(ConfigError, match=told):
+        run(folder, plan, lambda one: "exit 0")
+
+
 def test_a_run_is_started_once_and_then_gone_on_with(
     folder: SweepFolder, plan: SweepPlan
 ) -> None:
