@@ -87,6 +87,8 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.plan:
         _show_plan(console, folder, plan)
         return 0
+    if arguments.summary:
+        folder.require(plan)
     folder.create(plan)
     if arguments.slurm:
         command = [str(Path(sys.argv[0]).resolve())]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from dpsgd.config import load_config
-from dpsgd.errors import ConfigError, fault
+from dpsgd.errors import ConfigError, fault, readable
 from dpsgd.report import RunDirectory
 from dpsgd.sweep.plan import SweepPlan, SweepRun, identity_of
 
@@ -49,20 +49,43 @@ class SweepFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
 
+    def require(self, plan: SweepPlan) -> None:
+        """Raises unless tables of the plan's runs belong into the folder.
+
+        Raises:
+            ConfigError: No sweep has made it, or only runs that the plan does not ask
+                for have begun in it, whose tables would be lost.
+            UserError: It cannot be read.
+        """
+        remedy = "name the folder that bin/dpsgd-sweep made for this sweep"
+        if not self._is_ours():
+            rule = f"holds no sweep ({_MARK} is missing)"
+            raise ConfigError(fault("--sweep-dir", self.path, rule, remedy))
+        begun = {path.parent.name for path in self.path.glob("runs/*/config.yaml")}
+        begun |= {path.stem for path in self.path.glob("failures/*.json")}
+        if begun and begun.isdisjoint(run.folder for run in plan.runs):
+            rule = "holds runs of other settings only, and their report is kept"
+            raise ConfigError(fault("--sweep-dir", self.path, rule, remedy))
+
+    def _is_ours(self) -> bool:
+        """Returns whether a sweep has made the folder."""
+        with readable("--sweep-dir", self.path):
+            return (self.path / _MARK).is_file()
+
     def create(self, plan: SweepPlan) -> None:
         """Makes the folder, or takes one that a sweep has made, and keeps what is read.
 
         Raises:
             ConfigError: It holds other files, cannot be made, or holds a run that has
                 other settings than its name says.
+            UserError: It cannot be read.
         """
-        mark = self.path / _MARK
-        if not mark.is_file():
+        if not self._is_ours():
             self._require_absent()
         try:
             for name in ("runs", "logs", "failures"):
                 (self.path / name).mkdir(parents=True, exist_ok=True)
-            _write_once(mark, json.dumps({"format": _FORMAT}).encode())
+            _write_once(self.path / _MARK, json.dumps({"format": _FORMAT}).encode())
             _write_once(self._kept("sweep", plan.path), plan.path.read_bytes())
             _write_once(self.base(plan), plan.base.read_bytes())
         except OSError as error:
@@ -85,11 +108,14 @@ class SweepFolder:
 
         Raises:
             ConfigError: One line for each run that has others.
+            UserError: A run cannot be read.
         """
         faults = []
         for run in plan.runs:
             directory = self.directory(run)
-            if not directory.config.is_file():
+            with readable("run", directory.path):
+                has_begun = directory.config.is_file()
+            if not has_begun:
                 continue
             held = identity_of(
                 load_config(directory.config, has_begun=True), run.values
@@ -142,7 +168,9 @@ class SweepFolder:
     def state(self, run: SweepRun) -> RunState:
         """Returns how far a run has come, as its files say."""
         directory = self.directory(run)
-        if directory.report.is_file():
+        with readable("run", directory.path):
+            is_finished = directory.report.is_file()
+        if is_finished:
             return RunState("finished")
         if directory.is_locked():
             return RunState("running")

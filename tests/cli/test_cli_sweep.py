@@ -213,6 +213,33 @@ def test_faults_are_told_in_one_line(
     assert started == []
 
 
+def test_tables_are_written_only_where_the_sweep_has_been(
+    sweep_file: Path,
+    started: list[int],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder, mistyped = tmp_path / "sweep", tmp_path / "swep"
+    assert run(sweep_file, "--sweep-dir", folder) == 1
+    left = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    other = tmp_path / "other.yaml"
+    content = {"config": "small.yaml", "grid": {"train.seed": [3, 4]}}
+    other.write_text(yaml.safe_dump(content))
+
+    line = told(capsys, sweep_file, "--summary", "--sweep-dir", mistyped)
+    assert line.startswith(f"--sweep-dir={mistyped}: holds no sweep (sweep.json is")
+    assert not mistyped.exists()
+    line = told(capsys, other, "--summary", "--sweep-dir", folder)
+    assert line.startswith(f"--sweep-dir={folder}: holds runs of other settings only")
+    now = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert now == left
+
+    content["grid"] = {"train.seed": [2, 3]}
+    other.write_text(yaml.safe_dump(content))
+    assert run(other, "--summary", "--sweep-dir", folder) == 0
+    assert statuses(folder) == ["finished", "waiting"]
+
+
 def test_tables_that_a_user_has_changed_are_left(
     sweep_file: Path,
     started: list[int],

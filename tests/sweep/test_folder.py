@@ -1,11 +1,13 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 from sweep_runs import leave_run
+from unwilling_disks import refused
 
-from dpsgd.errors import ConfigError
+from dpsgd.errors import ConfigError, UserError
 from dpsgd.sweep.folder import RunState, SweepFolder
 from dpsgd.sweep.plan import SweepPlan, read_sweep
 
@@ -64,6 +66,42 @@ def test_a_changed_sweep_file_leaves_earlier_runs_out(
     assert folder.others(changed) == [folder.directory(plan.runs[0]).path]
     assert folder.others(plan) == []
     assert len(list(folder.path.glob("base-*.yaml"))) == 2
+
+
+def test_tables_belong_where_a_run_of_the_plan_has_begun_or_none_of_any(
+    folder: SweepFolder, plan: SweepPlan, tmp_path: Path
+) -> None:
+    folder.require(plan)
+    run, failed, *_ = plan.runs
+    leave_run(folder, run)
+    folder.require(plan)
+    other = replace(plan, runs=plan.runs[1:])
+    with pytest.raises(ConfigError, match=r"--sweep-dir=.*: holds runs of other .*; n"):
+        folder.require(other)
+    folder.errors(failed).touch()
+    folder.note_failure(failed, exit_code=2)
+    folder.require(other)
+    with pytest.raises(ConfigError, match=r"holds runs of other settings only"):
+        folder.require(replace(plan, runs=plan.runs[2:]))
+
+    with pytest.raises(ConfigError, match=r"holds no sweep \(sweep\.json is missing\)"):
+        SweepFolder(tmp_path / "absent").require(plan)
+
+
+def test_a_folder_that_cannot_be_entered_is_told(
+    folder: SweepFolder, plan: SweepPlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Path, "stat", refused)
+    tried = {
+        "--sweep-dir": [folder.create, folder.require],
+        "run": [folder.check, lambda plan: folder.state(plan.runs[0])],
+    }
+
+    for field, calls in tried.items():
+        told = rf"^{field}=.*: cannot be read \(Permission denied\); give access to it$"
+        for call in calls:
+            with pytest.raises(UserError, match=told):
+                call(plan)
 
 
 def test_how_far_a_run_has_come_follows_from_its_files(
