@@ -22,7 +22,7 @@ from dpsgd.checkpoint import (
     write_atomically,
     write_tensors,
 )
-from dpsgd.errors import CheckpointError
+from dpsgd.errors import CheckpointError, UserError
 from dpsgd.parallel import Ranks
 
 
@@ -145,6 +145,20 @@ def test_a_file_that_may_not_be_read_is_not_called_damaged(
 
     told = "cannot be read (Permission denied); give access to it"
     assert str(caught.value) == f"checkpoint={path}: {told}"
+    assert store.newest().facts == {"value": 1.0}
+
+
+def test_a_folder_that_may_not_be_read_is_not_taken_for_an_empty_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = CheckpointStore(tmp_path, keep=1)
+    store.save(1, checkpoint(1.0))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "listdir", raising(errno.EACCES))
+        for use in (store.newest, lambda: store.save(2, checkpoint(2.0))):
+            with pytest.raises(UserError, match=r"cannot be read \(Permission denied"):
+                use()
+
     assert store.newest().facts == {"value": 1.0}
 
 

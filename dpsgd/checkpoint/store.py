@@ -8,6 +8,7 @@ be released.
 
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Mapping
@@ -21,13 +22,14 @@ from dpsgd.checkpoint.shards import (
     read_shards,
     write_shard,
 )
-from dpsgd.errors import CheckpointError, fault
+from dpsgd.errors import CheckpointError, fault, readable
 from dpsgd.parallel import Ranks
 
 __all__ = ["CheckpointStore", "differences"]
 
 _WHOLE = ".safetensors"
 _SHARDS = ".shards"
+_STEP = re.compile(r"step-([0-9]{8})\.(?:safetensors|shards)")
 _ANEW = "start the run anew in another folder"
 
 
@@ -133,14 +135,16 @@ class CheckpointStore:
         return "go on with --resume" if self._found() else _ANEW
 
     def _found(self) -> dict[int, Path]:
-        """Returns the checkpoints that are there, by step, ascending."""
-        paths = [
-            path
-            for suffix in (_WHOLE, _SHARDS)
-            for path in self.folder.glob("step-" + 8 * "[0-9]" + suffix)
-        ]
-        steps = {int(path.stem.removeprefix("step-")): path for path in paths}
-        return dict(sorted(steps.items()))
+        """Returns the checkpoints that are there, by step, ascending.
+
+        Raises:
+            UserError: The folder is there and cannot be read. To take it for an empty
+                one would be to begin a run anew, and to spend its budget twice.
+        """
+        with readable("checkpoint", self.folder):
+            names = os.listdir(self.folder) if self.folder.is_dir() else []
+        found = [one for name in sorted(names) if (one := _STEP.fullmatch(name))]
+        return {int(one[1]): self.folder / one[0] for one in found}
 
     def _drop_old(self, newest: Path) -> None:
         """Removes what the newest checkpoint makes dispensable, but never the best."""
