@@ -67,10 +67,15 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Returns the records of a file; a last line that was cut short is left out.
 
     Raises:
-        UserError: The file is there and cannot be read.
+        UserError: The file is there and cannot be read, or is no text.
     """
     with readable("metrics", path):
-        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        content = path.read_bytes() if path.exists() else b""
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        rule, remedy = "cannot be read (not a text file)", "bring back the run's own"
+        raise UserError(fault("metrics", path, rule, remedy)) from error
     records = []
     for line in text.splitlines():
         try:

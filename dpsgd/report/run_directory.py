@@ -45,15 +45,22 @@ class RunDirectory:
         self.checkpoints = path / "checkpoints"
 
     def require_absent(self, *, can_resume: bool = True) -> None:
-        """Raises ConfigError if the folder holds anything: nothing is overwritten.
+        """Raises if the folder holds anything: nothing is overwritten.
 
         Args:
             can_resume: Whether the command has `--resume`, which is then named.
+
+        Raises:
+            ConfigError: It does, or is a file.
+            UserError: It cannot be read.
         """
-        if self.path.exists() and not self.path.is_dir():
+        with readable("--run-dir", self.path):
+            is_file = self.path.exists() and not self.path.is_dir()
+            is_in_use = self.path.is_dir() and any(self.path.iterdir())
+        if is_file:
             rule, remedy = "is a file, and nothing is overwritten", "name a folder"
             raise ConfigError(fault("--run-dir", self.path, rule, remedy))
-        if self.path.exists() and any(self.path.iterdir()):
+        if is_in_use:
             rule = "holds a run or other files already, and nothing is overwritten"
             remedy = "name another folder"
             if can_resume:

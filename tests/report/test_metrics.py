@@ -137,6 +137,15 @@ def test_a_file_that_cannot_be_read_is_a_users_fault(tmp_path: Path) -> None:
         read_metrics(path)
 
 
+def test_a_file_that_is_no_text_is_a_users_fault(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n\xff\xfe')
+
+    with pytest.raises(UserError, match=r"metrics=.*: cannot be read \(not a text"):
+        read_metrics(path)
+    assert path.read_bytes() == b'{"step": 1}\n\xff\xfe'
+
+
 def test_json_is_strict() -> None:
     assert to_json({"a": [float("-inf"), {"b": float("nan")}, 1]}) == (
         '{"a": [null, {"b": null}, 1]}'

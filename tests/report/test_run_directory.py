@@ -74,6 +74,8 @@ def test_a_folder_that_cannot_be_entered_is_told(
     monkeypatch.setattr(Path, "stat", refused)
     with pytest.raises(UserError, match=told):
         RunDirectory(tmp_path).require()
+    with pytest.raises(UserError, match=told.replace("run_dir", "--run-dir")):
+        RunDirectory(tmp_path).require_absent()
 
 
 def test_who_trains_in_a_folder_is_seen_from_outside(tmp_path: Path) -> None:
