@@ -5,9 +5,11 @@ reader sees what was given, why it is refused and what to do about it.
 """
 
 import difflib
+import errno
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Final
 
 __all__ = [
     "BudgetExceededError",
@@ -18,8 +20,12 @@ __all__ = [
     "UserError",
     "did_you_mean",
     "fault",
+    "is_full",
     "readable",
+    "writable",
 ]
+
+_FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class UserError(ValueError):
@@ -90,3 +96,30 @@ def readable(field: str, path: Path) -> Iterator[None]:
     except OSError as error:
         rule = f"cannot be read ({error.strerror})"
         raise UserError(fault(field, path, rule, "give access to it")) from error
+
+
+@contextmanager
+def writable(
+    field: str, path: Path, *, remedy: str, kind: type[UserError] = ConfigError
+) -> Iterator[None]:
+    """Turns what a place raises that is full, or may not be written, into a UserError.
+
+    Args:
+        field: What named it.
+        path: The file or folder.
+        remedy: What to do about it.
+        kind: Of the error.
+
+    Raises:
+        UserError: The system refuses to write there.
+    """
+    try:
+        yield
+    except OSError as error:
+        rule = f"cannot be written ({error.strerror})"
+        raise kind(fault(field, path, rule, remedy)) from error
+
+
+def is_full(error: OSError) -> bool:
+    """Returns whether a write failed for want of room, on the disk or by a limit."""
+    return error.errno in _FULL

@@ -9,7 +9,7 @@ import copy
 import os
 import secrets
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Final
 
@@ -35,7 +35,7 @@ from dpsgd.data import (
     microbatches,
     upload,
 )
-from dpsgd.errors import CheckpointError, fault
+from dpsgd.errors import CheckpointError, fault, writable
 from dpsgd.models import CLASSIFIER, frozen_tensors
 from dpsgd.rng import RandomStreams
 from dpsgd.trees import Params, sha256
@@ -182,15 +182,10 @@ class FeatureLoader:
             yield features, labels, upload(torch.from_numpy(part.mask), self._device)
 
 
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def _writing(path: Path) -> AbstractContextManager[None]:
     """Turns what a folder that is none, or locked, raises into a CheckpointError."""
-    try:
-        yield
-    except OSError as error:
-        rule = f"cannot be written ({error.strerror})"
-        remedy = "give access to it, or name another file"
-        raise CheckpointError(fault(_FIELD, path, rule, remedy)) from error
+    remedy = "give access to it, or name another file"
+    return writable(_FIELD, path, remedy=remedy, kind=CheckpointError)
 
 
 def _computed(model: nn.Module, dataset: Dataset, config: Config) -> Tensor:

@@ -4,7 +4,6 @@ Tensors lie in safetensors files, JSON with them in the header, and in the JSON 
 checksum of both. Files of before there was one lack it.
 """
 
-import errno
 import hashlib
 import json
 import os
@@ -17,10 +16,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from dpsgd.errors import CheckpointError, fault
+from dpsgd.errors import CheckpointError, fault, is_full
 from dpsgd.trees import sha256
 
 __all__ = [
+    "GO_ON",
     "checked",
     "damaged",
     "is_ours",
@@ -39,7 +39,7 @@ _HEADER = "dpsgd"
 _CHECKSUM = "sha256"
 _OWNER_ONLY = 0o600
 _FIELD = "checkpoint"
-_GO_ON = "go on with --resume"
+GO_ON = "go on with --resume"
 _TAKE_OLDER = "delete it to go on from an older one, if there is one"
 
 
@@ -48,7 +48,7 @@ def write_tensors(
     tensors: Mapping[str, Tensor],
     facts: Mapping[str, Any],
     *,
-    then: str = _GO_ON,
+    then: str = GO_ON,
 ) -> None:
     """Writes tensors with JSON facts atomically, readable by the owner alone.
 
@@ -164,7 +164,7 @@ def is_ours(path: Path) -> bool:
 
 
 def write_atomically(
-    path: Path, content: bytes, *, field: str = _FIELD, then: str = _GO_ON
+    path: Path, content: bytes, *, field: str = _FIELD, then: str = GO_ON
 ) -> None:
     """Replaces a file by new content, or leaves it as it was.
 
@@ -197,7 +197,7 @@ def write_atomically(
 
 @contextmanager
 def writing(
-    path: Path, num_bytes: int = 0, *, field: str = _FIELD, then: str = _GO_ON
+    path: Path, num_bytes: int = 0, *, field: str = _FIELD, then: str = GO_ON
 ) -> Iterator[None]:
     """Turns what a full or locked disk raises into a CheckpointError.
 
@@ -210,7 +210,7 @@ def writing(
     try:
         yield
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        full = is_full(error)
         rule = "the disk is full" if full else f"cannot be written ({error.strerror})"
         room = f"free {num_bytes or 4096:,} bytes" if full else "give access to it"
         raise CheckpointError(fault(field, path, rule, f"{room} and {then}")) from error

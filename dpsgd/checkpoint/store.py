@@ -15,7 +15,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dpsgd.checkpoint.files import read_tensors, sync_folder, write_tensors, writing
+from dpsgd.checkpoint.files import (
+    GO_ON,
+    read_tensors,
+    sync_folder,
+    write_tensors,
+    writing,
+)
 from dpsgd.checkpoint.shards import (
     Checkpoint,
     complete_shards,
@@ -29,7 +35,7 @@ __all__ = ["CheckpointStore", "differences"]
 
 _WHOLE = ".safetensors"
 _SHARDS = ".shards"
-_STEP = re.compile(r"step-([0-9]{8})\.(?:safetensors|shards)")
+_STEP = re.compile(rf"step-([0-9]{{8}})(?:{re.escape(_WHOLE)}|{re.escape(_SHARDS)})")
 _ANEW = "start the run anew in another folder"
 
 
@@ -132,7 +138,7 @@ class CheckpointStore:
 
     def _after_a_failure(self) -> str:
         """Returns what to do about a save that failed, once it would not."""
-        return "go on with --resume" if self._found() else _ANEW
+        return GO_ON if self._found() else _ANEW
 
     def _found(self) -> dict[int, Path]:
         """Returns the checkpoints that are there, by step, ascending.

@@ -1,13 +1,12 @@
 """A folder that is written whole or not at all, and only where none is."""
 
-import errno
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from dpsgd.errors import DataError, fault
+from dpsgd.errors import DataError, fault, is_full
 
 __all__ = ["new_folder", "told_of_writing"]
 
@@ -55,7 +54,7 @@ def told_of_writing(folder: Path, *, field: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        full = is_full(error)
         reason = os.strerror(error.errno) if error.errno else str(error)
         rule = "the disk is full" if full else f"cannot be written ({reason})"
         remedy = "make room" if full else "give access to it"

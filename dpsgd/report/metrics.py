@@ -3,12 +3,12 @@
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Final, TextIO, cast
 
-from dpsgd.errors import UserError, fault, readable
+from dpsgd.errors import UserError, fault, readable, writable
 
 __all__ = ["MetricsWriter", "last_evaluated_step", "read_metrics", "to_json"]
 
@@ -114,15 +114,10 @@ def _order(line: Mapping[str, Any]) -> tuple[int, bool]:
     return line["step"], "unprotected" not in line
 
 
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def _writing(path: Path) -> AbstractContextManager[None]:
     """Turns what a full or locked disk raises into a UserError."""
-    try:
-        yield
-    except OSError as error:
-        rule = f"cannot be written ({error.strerror})"
-        remedy = "make room or give access, and go on with --resume"
-        raise UserError(fault("metrics", path, rule, remedy)) from error
+    remedy = "make room or give access, and go on with --resume"
+    return writable("metrics", path, remedy=remedy, kind=UserError)
 
 
 def _strict(value: Any) -> Any:

@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from dpsgd.errors import ConfigError, fault, readable
+from dpsgd.errors import ConfigError, fault, readable, writable
 
 __all__ = ["OwnFiles"]
 
@@ -53,16 +53,13 @@ class OwnFiles:
             raise ConfigError("\n".join(faults))
         digests = {name: [_digest(content)] for name, content in contents.items()}
         both = {name: known.get(name, []) + new for name, new in digests.items()}
-        try:
+        remedy = f"give access to it, or {self._elsewhere}"
+        with writable("report", self._folder, remedy=remedy):
             self._folder.mkdir(parents=True, exist_ok=True)
             self._write_list({**known, **both})  # right also if killed half way
             for name, content in contents.items():
                 _write(self._folder / name, content)
             self._write_list({**known, **digests})
-        except OSError as error:
-            rule = f"cannot be written ({error.strerror})"
-            remedy = f"give access to it, or {self._elsewhere}"
-            raise ConfigError(fault("report", self._folder, rule, remedy)) from error
 
     def _stands_in_the_way(self, name: str, digests: list[str]) -> bool:
         """Returns whether something is there that no report has written."""

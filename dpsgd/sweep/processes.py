@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Final
 
 import dpsgd
-from dpsgd.errors import ConfigError, fault
+from dpsgd.errors import ConfigError, fault, writable
 from dpsgd.sweep.folder import SweepFolder
 from dpsgd.sweep.plan import SweepPlan, SweepRun
 
@@ -147,15 +147,10 @@ class _Process:
         self.run = run
         self.slot = slot
         self._folder = folder
-        try:
+        remedy = "give access to it, or name another folder"
+        with writable("--sweep-dir", folder.path, remedy=remedy):
             self._output = folder.log(run).open("ab")
             self._errors = folder.errors(run).open("wb")
-        except OSError as error:
-            rule = f"cannot be written ({error.strerror})"
-            remedy = "give access to it, or name another folder"
-            raise ConfigError(
-                fault("--sweep-dir", folder.path, rule, remedy)
-            ) from error
         package = str(Path(dpsgd.__file__).resolve().parent.parent)
         path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
         unbuffered = {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}

@@ -21,7 +21,7 @@ from dpsgd.cli.privacy.options import (
     delta_of,
     num_examples_of,
 )
-from dpsgd.errors import ConfigError, fault
+from dpsgd.errors import ConfigError, fault, writable
 from dpsgd.privacy import build_accountant, rounded_up
 from dpsgd.privacy.mechanism import check_target_epsilon
 from dpsgd.privacy.planner import Budget, PlannedRun
@@ -103,17 +103,16 @@ def _write_plot(path: Path, content: bytes) -> None:
     Raises:
         ConfigError: It is there by now, or cannot be written.
     """
-    try:
-        with path.open("xb") as file:
-            try:
-                file.write(content)
-                file.flush()
-            except OSError:
-                path.unlink()
-                raise
-    except OSError as error:
-        rule = f"cannot be written ({error.strerror})"
-        raise ConfigError(fault("plot", path, rule, "take another place")) from error
+    with (
+        writable("plot", path, remedy="take another place"),
+        path.open("xb") as file,
+    ):
+        try:
+            file.write(content)
+            file.flush()
+        except OSError:
+            path.unlink()
+            raise
 
 
 def _budget(arguments: argparse.Namespace) -> Budget:

@@ -1,6 +1,5 @@
 """A store in the making: whole after every batch, whenever the process is killed."""
 
-import errno
 import fcntl
 import hashlib
 import json
@@ -26,7 +25,7 @@ from dpsgd.data.store.layout import (
     shard_name,
     write_whole,
 )
-from dpsgd.errors import DataError, fault
+from dpsgd.errors import DataError, fault, is_full
 
 __all__ = ["StoreWriter"]
 
@@ -213,11 +212,10 @@ class StoreWriter:
         try:
             yield
         except OSError as error:
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
             rule = f"cannot be written ({error.strerror})"
-            remedy = "make room, and go on with the same command"
-            if not full:
-                remedy = "give access to it, or name another folder"
+            remedy = "give access to it, or name another folder"
+            if is_full(error):
+                remedy = "make room, and go on with the same command"
             raise self._fault(rule, remedy) from error
 
     def _fault(self, rule: str, remedy: str) -> DataError:
