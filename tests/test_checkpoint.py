@@ -122,12 +122,15 @@ def test_a_failed_write_leaves_everything_as_it_was(
     assert store.newest().facts == {"value": 1.0}
 
 
+@pytest.mark.parametrize("in_shards", [False, True])
 def test_without_a_checkpoint_no_run_can_go_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_shards: bool
 ) -> None:
+    store = CheckpointStore(tmp_path, keep=1)
     monkeypatch.setattr(os, "fsync", raising(errno.ENOSPC))
+    save = partial(store.save_shards, ranks=Ranks()) if in_shards else store.save
     with pytest.raises(CheckpointError) as caught:
-        CheckpointStore(tmp_path, keep=1).save(0, checkpoint(1.0))
+        save(0, checkpoint(1.0))
 
     assert str(caught.value).endswith("and start the run anew in another folder")
 

@@ -55,7 +55,7 @@ class Checkpoint:
 
 
 def write_shard(
-    folder: Path, tensors: Mapping[str, Tensor], *, rank: int, save: str
+    folder: Path, tensors: Mapping[str, Tensor], *, rank: int, save: str, then: str
 ) -> None:
     """Writes what one rank holds.
 
@@ -65,15 +65,23 @@ def write_shard(
             0 alone what is whole on every rank.
         rank: Which.
         save: The word of this save, which all ranks share.
+        then: As of `write_atomically`.
 
     Raises:
         CheckpointError: The file could not be written.
     """
-    write_tensors(_file(folder, rank), tensors, {"rank": rank, "save": save})
+    facts = {"rank": rank, "save": save}
+    write_tensors(_file(folder, rank), tensors, facts, then=then)
 
 
 def complete_shards(
-    part: Path, path: Path, facts: Mapping[str, Any], *, num_ranks: int, save: str
+    part: Path,
+    path: Path,
+    facts: Mapping[str, Any],
+    *,
+    num_ranks: int,
+    save: str,
+    then: str,
 ) -> None:
     """Makes a checkpoint of the shards that all ranks have written.
 
@@ -83,13 +91,14 @@ def complete_shards(
         facts: As of `Checkpoint`.
         num_ranks: Ranks that wrote.
         save: The word that they wrote with.
+        then: As of `write_atomically`.
 
     Raises:
         CheckpointError: The index could not be written, or the folder not renamed.
     """
     index = {"num_ranks": num_ranks, "save": save, "facts": dict(facts)}
-    write_atomically(part / _INDEX, sealed(index, {}).encode())
-    with writing(path):
+    write_atomically(part / _INDEX, sealed(index, {}).encode(), then=then)
+    with writing(path, then=then):
         old = path.with_suffix(".old")
         shutil.rmtree(old, ignore_errors=True)
         if path.exists():

@@ -89,16 +89,19 @@ class CheckpointStore:
         """
         path = self._path(step, _SHARDS)
         part = path.with_suffix(".part")
+        then = self._after_a_failure()
         if ranks.is_first:
-            with writing(part):
+            with writing(part, then=then):
                 shutil.rmtree(part, ignore_errors=True)
                 part.mkdir(parents=True)
         ranks.meet()
         save = ranks.from_first(secrets.token_hex(16))
-        write_shard(part, shard.tensors, rank=ranks.rank, save=save)
+        write_shard(part, shard.tensors, rank=ranks.rank, save=save, then=then)
         ranks.meet()
         if ranks.is_first:
-            complete_shards(part, path, shard.facts, num_ranks=ranks.size, save=save)
+            complete_shards(
+                part, path, shard.facts, num_ranks=ranks.size, save=save, then=then
+            )
             self._drop_old(path)
         ranks.meet()
 
